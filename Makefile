@@ -1,0 +1,57 @@
+# Everything a developer types. `make` alone lists it.
+
+PYTHON ?= python3
+OUT ?= demo-out
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+SOURCES := boomerang_batch tests benchmarks
+
+.DEFAULT_GOAL := help
+.PHONY: help .venv demo test check lint format types docs build clean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[.a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo '  PYTHON=python3.12 chooses the interpreter of a new .venv, OUT=folder where the demo writes.'
+
+.venv: $(INSTALLED)  ## Install the pinned environment into .venv (the other targets do it when needed)
+
+# uv finds local wheels only when told, so it is told what pip is told; where nothing is set, this is empty.
+$(INSTALLED): pyproject.toml constraints.txt
+	@echo 'installing into .venv'
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt uv
+	@UV_FIND_LINKS="$(PIP_FIND_LINKS)" $(BIN)/uv pip install --quiet --python $(BIN)/python \
+		-c constraints.txt --build-constraints constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED)  ## Make an anonymized twin of a small real dataset, with the shipped model
+	@$(BIN)/boomerang-batch demo $(OUT)
+
+test: $(INSTALLED)  ## Run every test
+	@$(BIN)/python -m pytest
+
+check: lint types  ## Before each commit: format, lint, types, layering, docs freshness, fast tests
+	@$(BIN)/python -m pytest -m 'not slow'
+
+lint: $(INSTALLED)  ## Check formatting and lint rules
+	@$(BIN)/ruff format --check $(SOURCES)
+	@$(BIN)/ruff check $(SOURCES)
+
+format: $(INSTALLED)  ## Rewrite the code in the project's format, and fix what lint can fix
+	@$(BIN)/ruff format $(SOURCES)
+	@$(BIN)/ruff check --fix $(SOURCES)
+
+types: $(INSTALLED)  ## Check types with mypy --strict
+	@$(BIN)/mypy --strict
+
+docs: $(INSTALLED)  ## Regenerate docs/cli.md from the commands' own --help
+	@$(BIN)/python -m boomerang_batch.cli.reference docs/cli.md
+
+build: $(INSTALLED)  ## Build the wheel into dist/
+	@UV_FIND_LINKS="$(PIP_FIND_LINKS)" $(BIN)/uv build --quiet --wheel --build-constraints constraints.txt
+	@ls dist/*.whl
+
+clean:  ## Remove build products and tool caches; .venv and outputs stay
+	@rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +

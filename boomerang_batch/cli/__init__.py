@@ -1,0 +1,48 @@
+"""The command line: parse, call, print, exit code. Nothing heavy is imported until a command runs."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import click
+
+from boomerang_batch import __version__
+from boomerang_batch.cli.demo import demo
+from boomerang_batch.cli.doctor import doctor
+from boomerang_batch.cli.manifest import manifest
+from boomerang_batch.cli.pack import pack
+from boomerang_batch.cli.run import run
+from boomerang_batch.cli.verify import verify
+from boomerang_batch.errors import BoomerangError
+
+
+class _Commands(click.Group):
+    """Turns a BoomerangError into one clear line and its exit code; a bug keeps its traceback."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except BoomerangError as error:
+            click.echo(f"error: {error}", err=True)
+            context.exit(error.exit_code)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="boomerang-batch")
+def main() -> None:
+    """Turn a dataset of images into a private, augmented or enhanced twin of itself.
+
+    \b
+    Start here:
+      boomerang-batch demo
+      boomerang-batch run demo-anonymize my-manifest.yaml OUT --private-dir PRIVATE
+
+    Exit codes: 0 all done, 1 failed, 2 usage or configuration, 3 finished with quarantined samples or
+    shards, 75 stopped and resumable.
+    """
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+
+
+for command in (demo, run, pack, manifest, verify, doctor):
+    main.add_command(command)

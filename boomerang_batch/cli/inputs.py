@@ -1,0 +1,52 @@
+"""What several commands read alike: recipes by name or path, and the wish to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from boomerang_batch.config.pipeline import Recipe
+
+
+def load_recipe(ref: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe called `ref` (a shipped name, a path or a URL), with `--set` overrides applied."""
+    from boomerang_batch import shipped, storage
+    from boomerang_batch.config.pipeline import parse_recipe
+    from boomerang_batch.errors import RecipeError
+
+    path = shipped.named("pipelines", ref)
+    url = str(path) if path else shipped.resolve(ref)
+    if not storage.exists(url):
+        known = ", ".join(shipped.names("pipelines"))
+        raise RecipeError(f"{ref}: no such pipeline file; shipped ones: {known}")
+    try:
+        text = storage.read_bytes(url).decode()
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{ref}: not a text file") from error
+    return parse_recipe(text, source=ref, overrides=overrides)
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[threading.Event]:
+    """An event that Ctrl-C or SIGTERM sets. A second one ends the process the usual way."""
+    stop = threading.Event()
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        click.echo("stopping at the next batch boundary; once more to end at once", err=True)
+        stop.set()
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,102 @@
+"""Noise that depends on its name alone: keyed, counter-based, the same in any batch, order, attempt or worker.
+
+Philox4x32-10 (Salmon et al., SC 2011) turns a key and a counter into 128 random bits; Box-Muller in float64
+turns those into normals, rounded to float32. A 128-bit noise key names (secret or seed, identity, variant): 64
+of its bits are the cipher's key, the other 64 its counter words 2 and 3. Counter word 0 is the block of four
+elements, word 1 packs what the draw is for: purpose (8 bits), pass (8 bits), node (16 bits). Nothing is ever
+drawn in sequence, so skipping, repeating or reordering draws changes none of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+from collections.abc import Sequence
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
+_WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
+_ROUNDS = 10
+
+
+class Purpose(IntEnum):
+    """What a draw is for; draws of different purposes never share bits. Values are part of the format."""
+
+    FORWARD = 1
+    REVERSE = 2
+    VAE = 3
+    T_DRAW = 4
+    LABEL_DRAW = 5
+    MIX_COIN = 6
+
+
+def noise_key(material: bytes, *, identity: bytes, variant: int) -> bytes:
+    """The 16-byte noise key of one variant of one sample.
+
+    BLAKE2b-128 over length-prefixed fields, keyed with `material` (16 to 64 bytes): the run's secret, or a
+    seed in the form `seed_material` gives it. Keyed BLAKE2b is a MAC, so without the secret the key, and with
+    it every draw, is unpredictable. Raises ValueError when `material` is too short to be either, or too long.
+    """
+    if not 16 <= len(material) <= 64:
+        raise ValueError(f"noise key material must have 16 to 64 bytes, not {len(material)}")
+    mac = hashlib.blake2b(key=material, digest_size=16, person=b"boomerang-noise")
+    for field in (identity, struct.pack("<q", variant)):
+        mac.update(struct.pack("<Q", len(field)))
+        mac.update(field)
+    return mac.digest()
+
+
+def seed_material(seed: int) -> bytes:
+    """Key material for a plain, publishable seed (0 <= seed < 2**63)."""
+    return b"public-seed-" + struct.pack("<q", seed)
+
+
+def key_words(keys: Sequence[bytes], device: torch.device | str = "cpu") -> Tensor:
+    """(B, 4) int64 tensor of the keys' little-endian 32-bit words."""
+    words = [struct.unpack("<4I", key) for key in keys]
+    return torch.tensor(words, dtype=torch.int64, device=device).view(-1, 4)
+
+
+def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Philox4x32-10. Four counter words and two key words, int64 tensors of one broadcast shape holding
+    unsigned 32-bit values; returns four of the same. Products wrap modulo 2**64, which keeps all their bits.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        product_0, product_1 = c0 * _MULTIPLIER_0, c2 * _MULTIPLIER_1
+        high_0, low_0 = (product_0 >> 32) & _MASK, product_0 & _MASK
+        high_1, low_1 = (product_1 >> 32) & _MASK, product_1 & _MASK
+        c0, c1, c2, c3 = high_1 ^ c1 ^ k0, low_1, high_0 ^ c3 ^ k1, low_0
+        k0, k1 = (k0 + _WEYL_0) & _MASK, (k1 + _WEYL_1) & _MASK
+    return c0, c1, c2, c3
+
+
+def normal(
+    keys: Tensor, shape: Sequence[int], *, purpose: Purpose, node: Tensor, pass_index: int = 0
+) -> Tensor:
+    """Standard normals (B, *shape) float32 on keys' device.
+
+    keys (B, 4) from `key_words`; node (B,) int64 in [0, 65535]; pass_index in [0, 255]. Element e of a row is
+    normal e % 4 of block e // 4, whatever the shape.
+    """
+    count = math.prod(shape)
+    blocks = torch.arange(-(-count // 4), device=keys.device, dtype=torch.int64)[None, :]
+    label = (int(purpose) << 24) | (pass_index << 16)
+    word_1 = (node.to(keys.device) | label)[:, None]
+    k0, k1, c2, c3 = (keys[:, i : i + 1] for i in range(4))
+    words = philox4x32((blocks, word_1, c2, c3), (k0, k1))
+
+    # Box-Muller on the pairs (0, 1) and (2, 3): radius from the first word of a pair, angle from the second.
+    parts = []
+    for first, second in (words[:2], words[2:]):
+        radius = torch.sqrt(-2 * torch.log((first.double() + 1) * 2.0**-32))
+        angle = second.double() * (2 * math.pi * 2.0**-32)
+        parts += [radius * torch.cos(angle), radius * torch.sin(angle)]
+    flat = torch.stack(parts, dim=-1).view(len(keys), -1)[:, :count]
+    return flat.float().view(len(keys), *shape)

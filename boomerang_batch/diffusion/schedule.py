@@ -1,0 +1,252 @@
+"""Noise levels, the grid of nodes a run walks, and where it starts.
+
+A schedule is ascending nodes i = 0..n of (alpha_i, sigma_i, tau_i); node 0 is clean, (1, 0). The forward law is
+x_i = alpha_i * x_0 + sigma_i * eps. Variance-preserving, variance-exploding and flow-matching chains differ
+only in these numbers; tau_i is what the network is told. Noise is compared across chains by its standard
+deviation relative to the clean signal, sigma_i / alpha_i. Tables are float64.
+Boomerang: arXiv 2210.12100. FastDPM's step grids: arXiv 2106.00132.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from boomerang_batch.errors import ConfigError
+
+Kind = Literal["vp", "ve", "flow"]
+Grid = Literal["leading", "trailing", "linspace", "step-linear", "step-quadratic"] | Sequence[int]
+StartPolicy = Literal["exact", "snap", "diffusers-strength"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseLevels:
+    """The chain a model was trained on. Array index j = 0..T-1 is the paper's timestep t = j + 1.
+
+    alpha, sigma, tau: float64 tensors of shape (T,), relative noise positive and ascending. Raises ConfigError
+    when it is not.
+    """
+
+    kind: Kind
+    alpha: Tensor
+    sigma: Tensor
+    tau: Tensor
+
+    def __post_init__(self) -> None:
+        ratios = self.relative_sigma
+        if not (bool((self.sigma > 0).all()) and bool((ratios[1:] > ratios[:-1]).all())):
+            raise ConfigError(
+                "the chain's noise levels are not positive and ascending; check the model's scheduler config"
+            )
+
+    def __len__(self) -> int:
+        return len(self.alpha)
+
+    @property
+    def relative_sigma(self) -> Tensor:
+        """Noise std relative to the clean signal, (T,); infinite where alpha is 0."""
+        return self.sigma / self.alpha
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The nodes of one run: index 0 is clean, the last one is where Boomerang turns round.
+
+    alpha, sigma, tau: float64 tensors of shape (n + 1,). tau[0] is never shown to a network.
+    """
+
+    kind: Kind
+    alpha: Tensor
+    sigma: Tensor
+    tau: Tensor
+
+    @property
+    def n(self) -> int:
+        """The start node, which is also the number of evaluations; 0 means identity."""
+        return len(self.alpha) - 1
+
+    @property
+    def relative_sigma(self) -> float:
+        """Noise std at the start node relative to the clean signal."""
+        return float(self.sigma[-1] / self.alpha[-1])
+
+
+def vp_levels(alpha_bar: Tensor, tau: Tensor | None = None) -> NoiseLevels:
+    """Variance-preserving: alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar). alpha_bar (T,) descending."""
+    alpha_bar = alpha_bar.double()
+    tau = torch.arange(len(alpha_bar)) if tau is None else tau
+    return NoiseLevels(kind="vp", alpha=alpha_bar.sqrt(), sigma=(1 - alpha_bar).sqrt(), tau=tau.double())
+
+
+def ve_levels(sigma: Tensor, tau: Tensor) -> NoiseLevels:
+    """Variance-exploding: alpha = 1. sigma (T,) ascending."""
+    return NoiseLevels(kind="ve", alpha=torch.ones_like(sigma).double(), sigma=sigma.double(), tau=tau.double())
+
+
+def flow_levels(s: Tensor, tau: Tensor) -> NoiseLevels:
+    """Flow matching: alpha = 1 - s, sigma = s. s (T,) ascending in (0, 1]."""
+    return NoiseLevels(kind="flow", alpha=1 - s.double(), sigma=s.double(), tau=tau.double())
+
+
+def grid_indices(grid: Grid, *, steps: int, train_steps: int) -> list[int]:
+    """The train indices of the full grid of `steps` nodes, ascending.
+
+    leading, trailing and linspace are diffusers' timestep spacings with offset 0, bit for bit, but that a
+    linspace of one step is the top index; step-linear and step-quadratic are FastDPM's. step-quadratic repeats
+    its lowest indices when steps is large, the others are distinct. A list is taken as it is. Raises
+    ConfigError when the grid does not fit the chain.
+    """
+    top = train_steps - 1
+    if not isinstance(grid, str):
+        indices = [int(index) for index in grid]
+        if len(indices) != steps:
+            raise ConfigError(f"grid lists {len(indices)} train indices but steps is {steps}; make them agree")
+    elif not 1 <= steps <= train_steps:
+        raise ConfigError(f"steps {steps} does not fit a chain of {train_steps}; choose 1..{train_steps}")
+    elif grid == "leading":
+        indices = [i * (train_steps // steps) for i in range(steps)]
+    elif grid == "trailing":
+        # The stride as numpy.arange rounds it, so that halves fall to the side where diffusers puts them.
+        stride = train_steps - (train_steps - train_steps / steps)
+        indices = [round(train_steps - k * stride) - 1 for k in reversed(range(steps))]
+    elif steps == 1:  # linspace and FastDPM's grids divide by steps - 1
+        indices = [top]
+    elif grid == "linspace":
+        indices = [round(i * (top / (steps - 1))) for i in range(steps)]
+    elif grid == "step-linear":
+        indices = [i * top // (steps - 1) for i in range(steps)]
+    else:
+        root = math.sqrt(0.8 * train_steps)
+        indices = [int((i * (root / (steps - 1))) ** 2) for i in range(steps - 1)] + [int(root**2)]
+    if not isinstance(grid, str):
+        if not indices or any(low >= high for low, high in itertools.pairwise(indices)):
+            raise ConfigError("grid lists train indices that do not ascend; sort them and drop repeats")
+        if indices[0] < 0 or indices[-1] > top:
+            raise ConfigError(f"grid lists train indices outside the chain's 0..{top}")
+    return indices
+
+
+def build_schedule(
+    levels: NoiseLevels,
+    *,
+    grid: Grid,
+    steps: int,
+    t: tuple[str, float],
+    start: StartPolicy,
+    fractional_tau: bool = True,
+) -> Schedule:
+    """Resolve `t` (unit, value) on a grid of `steps` nodes into the nodes a run walks.
+
+    Units: timestep (the paper's, 0..T), fraction of T (rounded to the nearest timestep), sigma relative to the
+    clean signal, snr = 1 / sigma^2. t = 0 is the identity, n = 0, under every policy.
+    exact: the grid's nodes with less noise than the target, then the target itself.
+    snap: the grid cut at its node nearest to the target in log noise.
+    diffusers-strength: the lowest min(int(steps * fraction), steps) nodes, as Stable Diffusion's img2img cuts
+    them; takes a fraction only.
+    Raises ConfigError when t lies outside the chain or needs a tau the network can't be told.
+    """
+    unit, value = t
+    nodes = grid_indices(grid, steps=steps, train_steps=len(levels))
+    if start == "diffusers-strength":
+        if unit != "fraction" or not 0 <= value <= 1:
+            raise ConfigError(f"start diffusers-strength needs t as a fraction in 0..1, not {unit}={value:g}")
+        return _nodes(levels, nodes[: int(steps * value)])
+    target = _target(levels, unit, value)
+    if target is None:
+        return _nodes(levels, [])
+    alpha, sigma, tau = target
+    if start == "snap":
+        if alpha == 0:  # pure noise lies above every other node
+            return _nodes(levels, nodes)
+        gap = (levels.relative_sigma[nodes].log() - math.log(sigma / alpha)).abs()
+        return _nodes(levels, nodes[: int(gap.argmin()) + 1])
+    if not fractional_tau and abs(tau - round(tau)) > 1e-6:
+        raise ConfigError(
+            f"t {unit}={value:g} lies between two train indices (tau {tau:.3f}), and this network looks its "
+            "timesteps up in a table; give t as a timestep or fraction, or use start: snap"
+        )
+    tau = tau if fractional_tau else round(tau)
+    below = [j for j in nodes if sigma * float(levels.alpha[j]) > float(levels.sigma[j]) * alpha * (1 + 1e-12)]
+    base = _nodes(levels, below)
+    return Schedule(
+        kind=levels.kind,
+        alpha=torch.cat([base.alpha, torch.tensor([alpha], dtype=torch.float64)]),
+        sigma=torch.cat([base.sigma, torch.tensor([sigma], dtype=torch.float64)]),
+        tau=torch.cat([base.tau, torch.tensor([tau], dtype=torch.float64)]),
+    )
+
+
+def _target(levels: NoiseLevels, unit: str, value: float) -> tuple[float, float, float] | None:
+    """(alpha, sigma, tau) of the requested level, or None for the identity."""
+    count = len(levels)
+    if unit in ("fraction", "timestep"):
+        timestep = round(value * count) if unit == "fraction" else int(value)
+        if not 0 <= timestep <= count:
+            raise ConfigError(f"t timestep={timestep} lies outside the chain; choose 0..{count}")
+        if timestep == 0 and value != 0:
+            raise ConfigError(
+                f"t {unit}={value:g} rounds to timestep 0, the identity; write 0 if you mean that, else at "
+                f"least timestep 1 of {count}"
+            )
+        if timestep == 0:
+            return None
+        j = timestep - 1
+        return float(levels.alpha[j]), float(levels.sigma[j]), float(levels.tau[j])
+
+    snr_ratio = value**-0.5 if value > 0 else math.inf
+    ratio = value if unit == "sigma" else snr_ratio
+    if ratio == 0:
+        return None
+    ratios = levels.relative_sigma
+    in_chain = float(ratios[0]) * (1 - 1e-9) <= ratio <= float(ratios[-1]) * (1 + 1e-9)
+    if not (in_chain and math.isfinite(ratio)):
+        raise ConfigError(
+            f"t {unit}={value:g} (sigma {ratio:g}) lies outside what this model was trained on, "
+            f"sigma {float(ratios[0]):.4g} to {float(ratios[-1]):.4g}"
+        )
+    return (*_level_at(levels.kind, ratio), _tau_at(levels, ratio))
+
+
+def _level_at(kind: Kind, ratio: float) -> tuple[float, float]:
+    """(alpha, sigma) with sigma / alpha = ratio on a chain of `kind`."""
+    if kind == "ve":
+        return 1.0, ratio
+    scale = (1 + ratio**2) ** 0.5 if kind == "vp" else 1 + ratio
+    return 1 / scale, ratio / scale
+
+
+def _tau_at(levels: NoiseLevels, ratio: float) -> float:
+    """What the network is told at noise `ratio`, tau interpolated between the two nearest levels.
+
+    Flow chains interpolate in s, in which their tau is linear and pure noise is finite; the others in log
+    relative noise.
+    """
+    at = torch.tensor(ratio, dtype=torch.float64)
+    if levels.kind == "flow":
+        marks, at = levels.sigma, at / (1 + at)
+    else:
+        marks, at = levels.relative_sigma.log(), at.log()
+    high = int(torch.searchsorted(marks, at).clamp(1, len(levels) - 1))
+    low = high - 1
+    if not torch.isfinite(marks[high]):
+        return float(levels.tau[low])
+    weight = ((at - marks[low]) / (marks[high] - marks[low])).clamp(0, 1)
+    return float(torch.lerp(levels.tau[low], levels.tau[high], weight))
+
+
+def _nodes(levels: NoiseLevels, indices: Sequence[int]) -> Schedule:
+    """The clean node followed by the train indices given; a repeat would be a step to itself and is dropped."""
+    clean = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+    chosen = torch.tensor(sorted(set(indices)), dtype=torch.long)
+    return Schedule(
+        kind=levels.kind,
+        alpha=torch.cat([clean[0:1], levels.alpha[chosen]]),
+        sigma=torch.cat([clean[1:2], levels.sigma[chosen]]),
+        tau=torch.cat([clean[2:3], levels.tau[chosen]]),
+    )

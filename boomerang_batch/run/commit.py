@@ -1,0 +1,86 @@
+"""The transaction: a shard is done when its marker is there, and the marker comes last.
+
+Tar and parquet go up whole under their final names, are read back and compared with what was meant, and only
+then is the marker created, which succeeds for one writer alone. A kill at any moment leaves either no marker,
+and the shard is done again from the start, or a marker whose files are known to be good.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from boomerang_batch import storage
+from boomerang_batch.data.provenance import Marker
+from boomerang_batch.errors import ObjectExistsError, StorageError
+
+MARKER_SUFFIX = "_stats.json"
+TAR_SUFFIX = ".tar"
+PROVENANCE_SUFFIX = ".parquet"
+_CHUNK = 1 << 20
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileDigest:
+    """SHA-256 (hex) and size of a file's bytes."""
+
+    sha256: str
+    size_bytes: int
+
+
+def digest_stream(stream: BinaryIO) -> FileDigest:
+    """Digest a stream to its end, a megabyte at a time."""
+    sha256, size_bytes = hashlib.sha256(), 0
+    while chunk := stream.read(_CHUNK):
+        sha256.update(chunk)
+        size_bytes += len(chunk)
+    return FileDigest(sha256=sha256.hexdigest(), size_bytes=size_bytes)
+
+
+def digest_file(path: Path) -> FileDigest:
+    """Digest a local file."""
+    with path.open("rb") as stream:
+        return digest_stream(stream)
+
+
+def read_marker(out: str, name: str) -> Marker | None:
+    """The marker of shard `name`, or None when the shard is not done (an unparsable marker is none)."""
+    url = storage.join(out, name + MARKER_SUFFIX)
+    return Marker.from_bytes(storage.read_bytes(url)) if storage.exists(url) else None
+
+
+def commit(out: str, marker: Marker, *, tar: Path, provenance: Path) -> None:
+    """Publish one shard. Raises StorageError when what is in storage is not what was meant.
+
+    A marker that is there already is read back: the same one means that another attempt of the same shard
+    came first with the same bytes, and all is well.
+    """
+    name = marker.stem
+    _publish_checked(tar, storage.join(out, name + TAR_SUFFIX), marker.tar_sha256)
+    _publish_checked(provenance, storage.join(out, name + PROVENANCE_SUFFIX), marker.parquet_sha256)
+    url = storage.join(out, name + MARKER_SUFFIX)
+    try:
+        storage.create_only(url, marker.to_bytes())
+    except ObjectExistsError:
+        there = read_marker(out, name)
+        if there is None:
+            _log.warning("%s was there but unreadable; replaced", url)
+            storage.publish_bytes(marker.to_bytes(), url)
+        elif there != marker:
+            raise StorageError(
+                f"{url} is there already and tells of other bytes than this run made; two runs that should "
+                "agree do not: check that OUT is used by one run at a time and verify it"
+            ) from None
+
+
+def _publish_checked(source: Path, url: str, sha256: str) -> None:
+    storage.publish(source, url)
+    with storage.open_read(url) as stream:
+        found = digest_stream(stream)
+    if found.sha256 != sha256:
+        raise StorageError(f"{url} reads back other bytes than were written; the disk or the store is failing")

@@ -1,0 +1,225 @@
+"""One run, from a request to a report: plan, start workers, resume, hand out, close.
+
+The driver trusts storage, not its memory: what is done is what has a marker. It knows no Ray; a pool does the
+tasks, here or elsewhere, and both kinds of pool run the same code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import logging
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from boomerang_batch import storage
+from boomerang_batch.config.pipeline import Recipe
+from boomerang_batch.data.manifest import Manifest
+from boomerang_batch.errors import ManifestError, PrivateDirError
+from boomerang_batch.run.commit import MARKER_SUFFIX, read_marker
+from boomerang_batch.run.naming import Naming
+from boomerang_batch.run.private import SECRET_VARIABLE, load_secret, prepare_private_dir
+from boomerang_batch.run.record import RunRecord, open_record, read_record
+from boomerang_batch.run.sheet import publish_sheets
+from boomerang_batch.run.tasks import RunReport, RunSpec, ShardReport, Task, WorkerFacts
+from boomerang_batch.run.telemetry import Telemetry
+from boomerang_batch.run.verify import repeated_keys
+
+_log = logging.getLogger(__name__)
+
+
+class Pool(Protocol):
+    """Who does the tasks."""
+
+    def start(self) -> WorkerFacts:
+        """Get ready to work; returns what every worker found alike."""
+        ...
+
+    def run(
+        self, tasks: Sequence[Task], *, stop: threading.Event, progress: Callable[[str, int], None]
+    ) -> Iterator[ShardReport]:
+        """Do `tasks`, yielding a report for each that came to an end; ends early once `stop` is set."""
+        ...
+
+    def close(self) -> None:
+        """Let everything go."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRequest:
+    """What the user asked for."""
+
+    recipe: Recipe
+    manifest: Manifest
+    out: str
+    private_dir: str | None = None
+    address: str = "inline"
+    workers: int | None = None
+    device: str = "auto"
+    threads: int | None = None
+    limit: int | None = None
+    extend: bool = False
+    accept_stack: bool = False
+    quiet: bool = False
+
+
+def execute(request: RunRequest, *, stop: threading.Event) -> RunReport:
+    """Do a run, or go on with it. Raises BoomerangError when it can't be begun or storage fails.
+
+    Setting `stop` ends it at a batch boundary; what is committed stays, and the same request resumes.
+    """
+    started = time.monotonic()
+    recipe, out = request.recipe, request.out
+    naming = _naming(request)
+    storage.make_folder(out)
+    storage.sweep(out)
+    tasks = _plan(request, naming)
+    there = read_record(out)
+    spec = RunSpec(
+        recipe=recipe,
+        out=out,
+        private_dir=request.private_dir,
+        device=request.device,
+        threads=request.threads or (int(there.stack["threads"]) if there else os.cpu_count() or 1),
+    )
+    pool = _pool(spec, request)
+    reports: dict[str, ShardReport] = {}
+    with Telemetry(shards=len(tasks), quiet=request.quiet) as telemetry:
+        try:
+            facts = pool.start()
+            record = open_record(
+                out,
+                _record(request, naming, tasks, facts),
+                extend=request.extend,
+                accept_stack=request.accept_stack,
+            )
+            done, todo = _split(out, tasks)
+            for report in done:
+                telemetry.shard(report)
+            for report in pool.run(todo, stop=stop, progress=telemetry.images_in_flight):
+                reports[report.name] = report
+                telemetry.shard(report)
+        finally:
+            pool.close()
+            storage.sweep(out)
+            _publish_log(out, telemetry)
+    return _close(request, naming, tasks, record, reports, stop, time.monotonic() - started)
+
+
+def _naming(request: RunRequest) -> Naming:
+    """The run's names, with the private dir made on first use."""
+    if request.recipe.purpose != "anonymize":
+        return Naming(request.recipe, None)
+    if request.private_dir is None and SECRET_VARIABLE not in os.environ:
+        load_secret(None)  # raises, and says what is missing
+    if request.private_dir is None:
+        raise PrivateDirError("purpose anonymize writes the table of pseudonyms: give --private-dir DIR")
+    prepare_private_dir(request.private_dir, out=request.out)
+    return Naming(request.recipe, load_secret(request.private_dir))
+
+
+def _plan(request: RunRequest, naming: Naming) -> list[Task]:
+    entries = request.manifest.shards[: request.limit]
+    if not entries:
+        raise ManifestError(f"manifest {request.manifest.name} lists no shards")
+    return [
+        Task(name=naming.stem(entry.stem), url=entry.url, source_stem=entry.stem) for entry in entries
+    ]
+
+
+def _pool(spec: RunSpec, request: RunRequest) -> Pool:
+    if request.address == "inline":
+        from boomerang_batch.run.inline import InlinePool
+
+        return InlinePool(spec)
+    from boomerang_batch.run.dispatch import RayPool
+
+    return RayPool(
+        spec,
+        address=request.address,
+        workers=request.workers or request.recipe.run.workers,
+        max_attempts=request.recipe.run.max_attempts,
+    )
+
+
+def _record(
+    request: RunRequest, naming: Naming, tasks: Sequence[Task], facts: WorkerFacts
+) -> RunRecord:
+    limited = dataclasses.replace(request.manifest, shards=request.manifest.shards[: request.limit])
+    return RunRecord(
+        name=request.recipe.name,
+        recipe=request.recipe.canonical(),
+        recipe_digest=request.recipe.digest,
+        manifest_digest=naming.digest(limited.digest.encode()),
+        limit=request.limit,
+        shards=tuple(sorted(task.name for task in tasks)),
+        model_digest=facts.model_digest,
+        noise_key_id=naming.noise_key_id,
+        stack=facts.stack,
+    )
+
+
+def _split(out: str, tasks: Sequence[Task]) -> tuple[list[ShardReport], list[Task]]:
+    """What storage says is done, and what is left to do."""
+    names = set(storage.list_names(out))
+    done, todo = [], []
+    for task in tasks:
+        marker = read_marker(out, task.name) if task.name + MARKER_SUFFIX in names else None
+        if marker is None:
+            todo.append(task)
+        else:
+            done.append(ShardReport(name=task.name, status="there", counts=marker.counts))
+    return done, todo
+
+
+def _publish_log(out: str, telemetry: Telemetry) -> None:
+    folder = storage.join(out, "logs")
+    storage.make_folder(folder)
+    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S.%fZ")
+    storage.publish_bytes(telemetry.log(), storage.join(folder, f"{stamp}.jsonl"))
+
+
+def _close(
+    request: RunRequest,
+    naming: Naming,
+    tasks: Sequence[Task],
+    record: RunRecord,
+    reports: dict[str, ShardReport],
+    stop: threading.Event,
+    seconds: float,
+) -> RunReport:
+    """Count what storage holds now; when nothing is left to do, look for repeated keys and draw the sheets."""
+    done, left = _split(request.out, tasks)
+    rows: Counter[str] = Counter()
+    for report in done:
+        rows.update(report.counts)
+    quarantined = [task for task in left if reports.get(task.name, _UNTOUCHED).status == "quarantined"]
+    stopped = stop.is_set() and len(left) > len(quarantined)
+    violations: list[str] = []
+    if not stopped:
+        violations += repeated_keys(request.out, [report.name for report in done])
+        publish_sheets(request.recipe, request.out, request.private_dir, naming, tasks, done)
+    made = [report for report in reports.values() if report.status == "done"]
+    return RunReport(
+        out=request.out,
+        shards={
+            "done": len(made),
+            "there": len(done) - len(made),
+            "quarantined": len(quarantined),
+            "left": len(left) - len(quarantined),
+        },
+        rows=dict(sorted(rows.items())),
+        problems=tuple(reports[task.name].reason for task in quarantined),
+        violations=tuple(violations),
+        seconds=round(seconds, 3),
+        stopped=stopped,
+    )
+
+
+_UNTOUCHED = ShardReport(name="", status="untouched")

@@ -1,0 +1,53 @@
+"""The table of pseudonyms: what leads from an output row back to its input. It lives in the private dir alone.
+
+One Parquet file per shard, `links/<stem>.parquet`, written before the shard's marker, so a committed shard
+always has its links. It also keeps what OUT may not: the sentence that says why a sample failed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from boomerang_batch import storage
+from boomerang_batch.data.provenance import Row
+from boomerang_batch.run.ledger import Source
+from boomerang_batch.run.tasks import Task
+
+SCHEMA = pa.schema(
+    [
+        pa.field("row_key", pa.string()),
+        pa.field("variant", pa.int32(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("reason", pa.string()),
+        pa.field("detail", pa.string()),
+        pa.field("source_url", pa.string(), nullable=False),
+        pa.field("source_key", pa.string()),
+        pa.field("offset", pa.int64(), nullable=False),
+    ]
+)
+
+
+def write_links(private_dir: str, task: Task, rows: Sequence[tuple[Source, Row]], *, scratch: Path) -> None:
+    """Publish the links of one shard; `scratch` is a local folder to build the file in."""
+    records = [
+        {
+            "row_key": row.key,
+            "variant": row.variant,
+            "status": row.status,
+            "reason": row.reason,
+            "detail": source.detail,
+            "source_url": task.url,
+            "source_key": source.key,
+            "offset": source.offset,
+        }
+        for source, row in rows
+    ]
+    built = scratch / "links.parquet"
+    pq.write_table(pa.Table.from_pylist(records, schema=SCHEMA), built, compression="zstd")
+    folder = storage.join(private_dir, "links")
+    storage.make_folder(folder)
+    storage.publish(built, storage.join(folder, f"{task.name}.parquet"))

@@ -1,0 +1,82 @@
+"""What things are called: inside, for the noise; outside, in OUT.
+
+The identity of a sample is what the recipe says names it: its key, its shard and key, or its content. The noise
+key is made from the identity and the variant alone. With `purpose: anonymize` everything derived from the
+input that reaches OUT (stems, keys, digests) is a MAC under the run's secret; otherwise names stay as they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+
+from boomerang_batch.config.pipeline import Recipe
+from boomerang_batch.diffusion.noise import noise_key, seed_material
+
+ORIGINAL = -1
+"""The variant number of a kept original."""
+
+
+def member_key(recipe: Recipe, row_key: str, variant: int) -> str:
+    """The `__key__` under which the row (row_key, variant) stands in the output tar."""
+    plain = recipe.purpose == "anonymize" or (recipe.variants == 1 and not recipe.keep_originals)
+    return row_key if plain or variant == ORIGINAL else f"{row_key}-v{variant}"
+
+
+class Naming:
+    """Every name and noise key of one run. `secret` is None for purposes that publish their seed."""
+
+    def __init__(self, recipe: Recipe, secret: bytes | None) -> None:
+        self._recipe = recipe
+        self._secret = secret
+        self._material = seed_material(recipe.seed or 0) if secret is None else secret
+
+    @property
+    def noise_key_id(self) -> str:
+        """Which secret or seed the noise was keyed with; tells nothing about the secret."""
+        if self._secret is None:
+            return f"seed:{self._recipe.seed}"
+        return "secret:" + self._mac(b"key-id", b"", size=8)
+
+    def identity(self, *, shard: str, key: str, image: bytes) -> bytes:
+        """What names a sample for the noise, by the recipe's `identity`."""
+        if self._recipe.identity == "content":
+            return hashlib.sha256(image).digest()
+        return key.encode() if self._recipe.identity == "key" else _joined(shard, key)
+
+    def unreadable_identity(self, *, shard: str, key: str) -> bytes:
+        """Stands in for the identity where the image could not be read: never used for noise."""
+        return key.encode() if self._recipe.identity == "key" else _joined(shard, key)
+
+    def noise_key(self, identity: bytes, variant: int) -> bytes:
+        """The 16-byte noise key of one variant."""
+        return noise_key(self._material, identity=identity, variant=variant)
+
+    def row_key(self, key: str, identity: bytes, variant: int) -> str:
+        """The key column of the provenance row: the key, or the variant's own pseudonym."""
+        if self._secret is None:
+            return key
+        return self._mac(b"key", identity + struct.pack("<q", variant), size=16)
+
+    def stem(self, source_stem: str) -> str:
+        """The output's stem for an input's."""
+        return source_stem if self._secret is None else self._mac(b"stem", source_stem.encode(), size=8)
+
+    def digest(self, data: bytes) -> str:
+        """A digest of input bytes: SHA-256, or a MAC where a bare digest would let anyone confirm a guess."""
+        return hashlib.sha256(data).hexdigest() if self._secret is None else self._mac(b"digest", data, size=32)
+
+    def pseudonym(self, data: bytes) -> str:
+        """A field's value under the policy `pseudonymize`: equal values stay equal, nothing else shows."""
+        if self._secret is None:
+            return hashlib.blake2b(data, key=self._material, digest_size=16, person=b"field").hexdigest()
+        return self._mac(b"field", data, size=16)
+
+    def _mac(self, purpose: bytes, data: bytes, *, size: int) -> str:
+        key = self._secret or b""
+        return hashlib.blake2b(data, key=key, digest_size=size, person=b"bmg-" + purpose).hexdigest()
+
+
+def _joined(shard: str, key: str) -> bytes:
+    """Two texts as one, such that no two different pairs meet."""
+    return b"".join(struct.pack("<Q", len(part)) + part for part in (shard.encode(), key.encode()))

@@ -1,0 +1,92 @@
+"""Contact sheets: what came out, and what went in beside it.
+
+Outputs go to OUT. Before/after pairs show the input, so under anonymize they go to the private dir and
+nowhere else. Which samples are shown is fixed by their names, so a resumed run draws the same sheet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from boomerang_batch import storage
+from boomerang_batch.config.pipeline import Recipe
+from boomerang_batch.data import fields, images
+from boomerang_batch.data.shards import Sample, read_samples
+from boomerang_batch.errors import BoomerangError
+from boomerang_batch.run.commit import TAR_SUFFIX
+from boomerang_batch.run.naming import Naming, member_key
+from boomerang_batch.run.tasks import ShardReport, Task
+
+SHEET_NAME = "contact-sheet.png"
+PAIRS_NAME = "before-after.png"
+_SHARDS, _PER_SHARD = 8, 8
+
+
+def publish_sheets(
+    recipe: Recipe,
+    out: str,
+    private_dir: str | None,
+    naming: Naming,
+    tasks: Sequence[Task],
+    done: Sequence[ShardReport],
+) -> None:
+    """Draw and publish both sheets from the first shards of the output."""
+    finished = {report.name for report in done if report.counts.get("ok")}
+    chosen = sorted((task for task in tasks if task.name in finished), key=lambda task: task.name)[:_SHARDS]
+    outputs, pairs = [], []
+    for task in chosen:
+        after = dict(_outputs(recipe, storage.join(out, task.name + TAR_SUFFIX)))
+        if not after:
+            continue
+        outputs.append(list(after.values()))
+        before = dict(_inputs(recipe, naming, task, wanted=set(after)))
+        pairs.append([before[key] for key in after if key in before])
+        pairs.append([after[key] for key in after if key in before])
+    if not outputs:
+        return
+    storage.publish_bytes(images.contact_sheet(outputs), storage.join(out, SHEET_NAME))
+    home = private_dir if recipe.purpose == "anonymize" else out
+    if home is not None and pairs:
+        storage.publish_bytes(images.contact_sheet(pairs), storage.join(home, PAIRS_NAME))
+
+
+def _outputs(recipe: Recipe, url: str) -> Iterator[tuple[str, np.ndarray]]:
+    """The first pictures of an output shard, by key."""
+    shown = 0
+    with storage.open_read(url) as stream:
+        for item in read_samples(stream, shard=url):
+            if isinstance(item, Sample) and shown < _PER_SHARD:
+                picture = _picture(recipe, item)
+                if picture is not None:
+                    shown += 1
+                    yield item.key, picture
+
+
+def _inputs(
+    recipe: Recipe, naming: Naming, task: Task, *, wanted: set[str]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The pictures in the input shard that `wanted` output keys were made from, by output key."""
+    with storage.open_read(task.url) as stream:
+        for item in read_samples(stream, shard=task.url):
+            if not isinstance(item, Sample):
+                continue
+            try:
+                image = item.fields[fields.image_field(item, recipe.images)]
+            except BoomerangError:
+                continue
+            identity = naming.identity(shard=task.source_stem, key=item.key, image=image)
+            for variant in range(recipe.variants):
+                key = member_key(recipe, naming.row_key(item.key, identity, variant), variant)
+                picture = _picture(recipe, item) if key in wanted else None
+                if picture is not None:
+                    yield key, picture
+
+
+def _picture(recipe: Recipe, sample: Sample) -> np.ndarray | None:
+    try:
+        name = fields.image_field(sample, recipe.images)
+        return images.decode(sample.fields[name], field=name, channels=3, policy=recipe.images).pixels
+    except BoomerangError:
+        return None

@@ -1,0 +1,152 @@
+"""Is this output what its records say? Completeness, digests, and no key missing or doubled.
+
+The plain check reads markers, provenance and tar headers; the deep one re-reads every byte, recomputes every
+digest and decodes every image. Problems are sentences; an empty list means that all is well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from boomerang_batch import storage
+from boomerang_batch.config.pipeline import Recipe
+from boomerang_batch.data import images
+from boomerang_batch.data.provenance import Marker, Row, read_rows
+from boomerang_batch.data.shards import Unreadable, read_samples
+from boomerang_batch.errors import SampleError, StorageError
+from boomerang_batch.run.commit import (
+    MARKER_SUFFIX,
+    PROVENANCE_SUFFIX,
+    TAR_SUFFIX,
+    digest_stream,
+    read_marker,
+)
+from boomerang_batch.run.naming import member_key
+from boomerang_batch.run.record import RunRecord, require_record
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """What was looked at and what is wrong with it."""
+
+    shards: int
+    rows: Mapping[str, int]
+    problems: tuple[str, ...] = field(default_factory=tuple)
+
+
+def verify(out: str, *, deep: bool) -> Verification:
+    """Check a run's output. Raises VerificationError when `out` is not one."""
+    record = require_record(out)
+    recipe = Recipe.model_validate_json(json.dumps({"name": record.name, **record.recipe}))
+    problems = list(_strangers(out, record))
+    rows: Counter[str] = Counter()
+    done = []
+    for stem in record.shards:
+        marker = read_marker(out, stem)
+        if marker is None:
+            problems.append(f"shard {stem} is not done; run the same command to finish")
+            continue
+        done.append(stem)
+        rows.update(marker.counts)
+        if marker.recipe_digest != record.recipe_digest:
+            problems.append(f"shard {stem} was made by another recipe")
+        try:
+            problems += _check_shard(out, stem, marker, recipe, deep=deep)
+        except StorageError as error:
+            problems.append(f"shard {stem}: {error}")
+    problems += repeated_keys(out, done)
+    return Verification(shards=len(done), rows=dict(sorted(rows.items())), problems=tuple(problems))
+
+
+def repeated_keys(out: str, stems: Sequence[str]) -> list[str]:
+    """Keys that more than one row of the output has: with equal keys goes equal noise, so this is a failure."""
+    seen: dict[bytes, str] = {}
+    repeated: list[str] = []
+    for stem in stems:
+        for row in _rows(out, stem):
+            if row.key is None:
+                continue
+            short = hashlib.blake2b(f"{row.variant} {row.key}".encode(), digest_size=12).digest()
+            if short in seen:
+                repeated.append(f"{row.key} (variant {row.variant}; shards {seen[short]} and {stem})")
+            seen[short] = stem
+    if not repeated:
+        return []
+    shown = ", ".join(repeated[:_SHOWN]) + (" and more" if len(repeated) > _SHOWN else "")
+    return [
+        f"{len(repeated)} key(s) repeat across shards and share their noise: {shown}; set identity: shard+key "
+        "or content in the recipe and use an empty OUT"
+    ]
+
+
+def _check_shard(out: str, stem: str, marker: Marker, recipe: Recipe, *, deep: bool) -> Iterator[str]:
+    """Everything that can be wrong with one committed shard."""
+    files = (
+        (TAR_SUFFIX, marker.tar_sha256, marker.tar_bytes),
+        (PROVENANCE_SUFFIX, marker.parquet_sha256, marker.parquet_bytes),
+    )
+    for suffix, sha256, size_bytes in files:
+        url = storage.join(out, stem + suffix)
+        if not storage.exists(url):
+            yield f"{url} is missing"
+            return
+        if storage.size(url) != size_bytes:
+            yield f"{url} has {storage.size(url)} bytes, its marker says {size_bytes}"
+            return
+        if deep:
+            with storage.open_read(url) as stream:
+                if digest_stream(stream).sha256 != sha256:
+                    yield f"{url} does not have the digest its marker says"
+                    return
+    rows = _rows(out, stem)
+    if Counter(row.status for row in rows) != Counter(marker.counts):
+        yield f"shard {stem}: the provenance rows are not those the marker counts"
+    expected = {
+        member_key(recipe, row.key or "", row.variant): row for row in rows if row.status in ("ok", "original")
+    }
+    url = storage.join(out, stem + TAR_SUFFIX)
+    with storage.open_read(url) as stream:
+        for item in read_samples(stream, shard=url):
+            if isinstance(item, Unreadable):
+                yield f"{url}: {item.reason} at offset {item.offset}: {item.detail}"
+                continue
+            row = expected.pop(item.key, None)
+            if row is None:
+                yield f"{url}: sample {item.key} has no provenance row"
+            elif deep:
+                yield from _check_image(url, item.key, item.fields, row)
+    for key in expected:
+        yield f"{url}: sample {key} is missing"
+
+
+def _check_image(url: str, key: str, fields: Mapping[str, bytes], row: Row) -> Iterator[str]:
+    """The output image's bytes and pixels against its row."""
+    found = [name for name, data in fields.items() if hashlib.sha256(data).hexdigest() == row.output_digest]
+    if not found:
+        yield f"{url}: no field of sample {key} has the output digest of its row"
+        return
+    try:
+        if images.pixel_digest(fields[found[0]]) != row.pixel_digest:
+            yield f"{url}: the pixels of {key}.{found[0]} are not those its row tells of"
+    except SampleError as error:
+        yield f"{url}: {key}.{found[0]} does not decode: {error}"
+
+
+def _rows(out: str, stem: str) -> list[Row]:
+    with storage.open_read(storage.join(out, stem + PROVENANCE_SUFFIX)) as stream:
+        return read_rows(stream)
+
+
+def _strangers(out: str, record: RunRecord) -> Iterator[str]:
+    """Shards in OUT that are not this run's."""
+    known = set(record.shards)
+    for name in storage.list_names(out):
+        for suffix in (MARKER_SUFFIX, TAR_SUFFIX, PROVENANCE_SUFFIX):
+            if name.endswith(suffix) and name.removesuffix(suffix) not in known:
+                yield f"{storage.join(out, name)} is not part of this run"

@@ -1,0 +1,61 @@
+"""The Ray actor: one runner, pinned to one GPU where there are GPUs.
+
+Methods of the `work` group do tasks, two at a time, so that one can read or publish while the other's batch is
+on the device; those of the `ctl` group answer at any time. The model is loaded by `load`, not by the
+constructor, because an error in a constructor reaches the driver only as a dead actor.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+
+import ray
+
+from boomerang_batch.run.runner import Runner
+from boomerang_batch.run.tasks import RunSpec, ShardReport, Task, WorkerFacts
+
+DEPTH = 2
+"""Tasks in flight per worker."""
+
+
+@ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={"work": DEPTH, "ctl": 1})
+class Worker:
+    """One model on one device. The driver replaces dead workers; Ray's own restarts are off."""
+
+    def __init__(self, spec: RunSpec) -> None:
+        self._spec = spec
+        self._runner: Runner | None = None
+        self._stop = threading.Event()
+        self._finished: dict[str, int] = {}
+
+    @ray.method(concurrency_group="work")
+    def load(self) -> WorkerFacts:
+        """Load the model, once. Raises what the runner raises."""
+        if self._runner is None:
+            self._runner = Runner(self._spec)
+        return self._runner.facts
+
+    @ray.method(concurrency_group="work")
+    def run(self, task: Task) -> ShardReport:
+        """Do one task."""
+        if self._runner is None:
+            raise RuntimeError("run was called before load")
+
+        def progress(finished: int) -> None:
+            self._finished[task.name] = finished
+
+        try:
+            return self._runner.run(task, stop=self._stop, progress=progress)
+        finally:
+            self._finished.pop(task.name, None)
+
+    @ray.method(concurrency_group="ctl")
+    def progress(self) -> Mapping[str, int]:
+        """Variants finished so far, by task in flight."""
+        return dict(self._finished)
+
+    @ray.method(concurrency_group="ctl")
+    def stop(self) -> None:
+        """End the tasks in flight at their next batch boundary."""
+        self._stop.set()

@@ -1,0 +1,338 @@
+"""config/: what a recipe may say, what its digest is taken over, and how a mistake is told."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from boomerang_batch.config.pipeline import Recipe, parse_recipe
+from boomerang_batch.errors import RecipeError
+
+AUGMENT = {
+    "name": "a-test",
+    "purpose": "augment",
+    "seed": 7,
+    "model": {"source": "shipped:demo/model"},
+    "t": {"fraction": 0.4},
+    "steps": 20,
+}
+ANONYMIZE = {key: value for key, value in AUGMENT.items() if key != "seed"} | {"purpose": "anonymize"}
+
+
+def parse(data, *overrides):
+    return parse_recipe(yaml.safe_dump(data), source="recipe.yaml", overrides=overrides)
+
+
+def refusal(data, *overrides):
+    with pytest.raises(RecipeError) as caught:
+        parse(data, *overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# --- what is refused, and how it is told ---
+
+
+@pytest.mark.parametrize(
+    ("change", "place", "nearest"),
+    [
+        ({"step": 20}, "step", "steps"),
+        ({"t": {"fracton": 0.4}}, "t.fracton", "fraction"),
+        ({"images": {"resise": "pad"}}, "images.resise", "resize"),
+        ({"sampler": {"etaa": 0}}, "sampler.etaa", "eta"),
+        ({"run": {"worker": 2}}, "run.worker", "workers"),
+        ({"model": {"source": "x", "patchsize": 4}}, "model.patchsize", "patch_size"),
+        (
+            {"model": {"source": "x", "class_labels": {"guidence": 1}}},
+            "model.class_labels.guidence",
+            "guidance",
+        ),
+    ],
+)
+def test_an_unknown_key_is_told_with_the_nearest_known_one(change, place, nearest):
+    message = refusal(AUGMENT | change)
+    assert message == f"recipe.yaml: unknown key {place}; did you mean {nearest}?"
+
+
+def test_an_unknown_key_near_nothing_is_told_with_all_known_ones():
+    message = refusal(AUGMENT | {"run": {"zzz": 1}})
+    assert message == "recipe.yaml: unknown key run.zzz; known: max_attempts, workers"
+
+
+def test_every_problem_is_told_at_once():
+    message = refusal(AUGMENT | {"step": 1, "variants": 0})
+    assert "unknown key step;" in message
+    assert "variants: " in message
+
+
+@pytest.mark.parametrize("missing", ["name", "purpose", "model", "t", "steps"])
+def test_a_missing_field_is_named(missing):
+    data = {key: value for key, value in AUGMENT.items() if key != missing}
+    assert f"{missing} is missing" in refusal(data)
+
+
+@pytest.mark.parametrize(
+    "t", [{}, {"fraction": None}, {"fraction": 0.4, "sigma": 1.0}, {"timestep": 3, "snr": 1.0}]
+)
+def test_t_needs_exactly_one_unit(t):
+    assert "exactly one unit: fraction, timestep, sigma or snr" in refusal(AUGMENT | {"t": t})
+
+
+@pytest.mark.parametrize("bare", [0.4, 400, 0, "0.4"])
+def test_a_bare_t_is_refused_with_an_example(bare):
+    assert "t needs its unit, for example t: {fraction: 0.4}" in refusal(AUGMENT | {"t": bare})
+
+
+@pytest.mark.parametrize(
+    ("unit", "value"),
+    [
+        ("fraction", -0.1),
+        ("fraction", 1.1),
+        ("fraction", True),
+        ("timestep", -1),
+        ("timestep", 4.5),
+        ("sigma", -1.0),
+        ("sigma", math.inf),
+        ("sigma", math.nan),
+        ("snr", 0),
+        ("snr", "3"),
+    ],
+)
+def test_t_out_of_range_or_type_is_refused_with_its_place(unit, value):
+    assert f"t.{unit}: " in refusal(AUGMENT | {"t": {unit: value}})
+
+
+@pytest.mark.parametrize(
+    ("unit", "value"),
+    [("fraction", 0), ("fraction", 1), ("timestep", 0), ("timestep", 400), ("sigma", 0), ("snr", 0.7)],
+)
+def test_t_takes_each_unit_zero_included(unit, value):
+    assert parse(AUGMENT | {"t": {unit: value}}).t.unit == (unit, value)
+
+
+def test_a_number_that_yaml_reads_as_text_is_explained():
+    message = refusal(AUGMENT, "t.sigma=1e-3")
+    assert message == (
+        "recipe.yaml: t.sigma: YAML reads 1e-3 as text; write it with a decimal point, like 1.0e-3"
+    )
+    assert parse(AUGMENT, "t.sigma=1.0e-3").t.unit == ("sigma", 0.001)
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (ANONYMIZE | {"seed": 7}, "remove seed"),
+        (ANONYMIZE | {"keep_originals": True}, "keep_originals"),
+        (ANONYMIZE | {"purpose": "augment"}, "purpose augment needs a seed"),
+        (ANONYMIZE | {"purpose": "enhance"}, "purpose enhance needs a seed"),
+        (AUGMENT | {"purpose": "hide"}, "'anonymize', 'augment' or 'enhance'"),
+        (AUGMENT | {"start": "diffusers-strength", "t": {"timestep": 3}}, "as a fraction"),
+        (AUGMENT | {"sampler": {"eta": 0, "variance": "fixed_large"}}, "for eta 1 only"),
+        (AUGMENT | {"sampler": {"variance": "optimal"}}, "data_variance"),
+        (AUGMENT | {"sampler": {"data_variance": 0.2}}, "data_variance"),
+        (
+            AUGMENT | {"model": {"source": "x", "class_labels": {"guidance": 2.0}}},
+            "guidance other than 1 needs null_label",
+        ),
+        (AUGMENT | {"model": {"source": "x", "revision": "main"}}, "model.revision: "),
+        (AUGMENT | {"name": "../up"}, "name: "),
+        (AUGMENT | {"format_version": 2}, "format_version: "),
+        (AUGMENT | {"steps": "20"}, "steps: "),
+        (AUGMENT | {"grid": "linspac"}, "recipe.yaml: grid: "),
+        (AUGMENT | {"fields": {"fields": {"cls": "keeep"}}}, "fields.fields.cls: "),
+        (AUGMENT | {"images": None}, "images: "),
+    ],
+)
+def test_what_contradicts_itself_is_refused(data, told):
+    assert told in refusal(data)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "a recipe is a mapping of fields, this is NoneType"),
+        ("- a\n- b", "a recipe is a mapping of fields, this is list"),
+        ("a: b: c", "not valid YAML: "),
+        ("a: 1\n\tb: 2", "line 2"),
+        ("steps: 20\nsteps: 30", "the key steps is given twice"),
+        ("t: {sigma: 1, sigma: 2}", "the key sigma is given twice"),
+        ("? [a, b]\n: 1", "not valid YAML: "),
+        ("name: !!python/object/apply:os.system ['touch pwned']", "could not determine a constructor"),
+        ("name: !!python/name:os.system", "could not determine a constructor"),
+        ("name: !!python/object/new:os.stat_result [[]]", "could not determine a constructor"),
+        ("name: 2020-13-45", "recipe.yaml: "),
+        ("name: &a [*a]", "recipe.yaml: "),
+        ("\x00", "not valid YAML: "),
+    ],
+)
+def test_text_that_is_no_plain_recipe_is_refused(text, told, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(text, source="recipe.yaml")
+    assert str(caught.value).startswith("recipe.yaml: ")
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []  # no tag was obeyed
+
+
+@given(st.text() | st.recursive(st.none() | st.integers(), lambda inner: st.lists(inner)).map(yaml.safe_dump))
+def test_arbitrary_text_never_escapes_as_another_error(text):
+    with pytest.raises(RecipeError):
+        parse_recipe(text, source="recipe.yaml")
+
+
+# --- --set ---
+
+
+def test_overrides_reach_any_depth_and_later_ones_win():
+    recipe = parse(
+        AUGMENT,
+        "steps=10",
+        "steps=30",
+        "images.resize=pad",
+        "sampler.eta=0",
+        "model.class_labels.null_label=10",
+    )
+    assert recipe.steps == 30
+    assert recipe.images.resize == "pad"
+    assert recipe.sampler.eta == 0
+    assert recipe.model.class_labels is not None
+    assert recipe.model.class_labels.null_label == 10
+
+
+def test_an_override_of_t_replaces_the_recipes_own_unit():
+    assert parse(AUGMENT, "t.sigma=.5").t.unit == ("sigma", 0.5)
+
+
+def test_an_override_equals_the_same_words_in_the_file():
+    assert parse(AUGMENT, "variants=2").digest == parse(AUGMENT | {"variants": 2}).digest
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("steps", "--set steps: write it as key=value"),
+        ("=3", "--set =3: write it as key=value"),
+        ("steps.x=3", "--set steps.x=3: steps is a value, not a block"),
+        ("steps=[", "--set steps=[: the value is not valid YAML"),
+        ("imagez.resize=pad", "unknown key imagez; did you mean images?"),
+        ("t=0.4", "t needs its unit"),
+    ],
+)
+def test_a_bad_override_is_told(override, told):
+    assert told in refusal(AUGMENT, override)
+
+
+# --- the canonical form and its digest ---
+
+GOLDEN_CANONICAL = {
+    "batch_size": 16,
+    "fields": {"default": None, "fields": {}, "json_keys": {}},
+    "format_version": 1,
+    "grid": "linspace",
+    "identity": "key",
+    "images": {
+        "alpha": "refuse",
+        "field": "jpg;png;jpeg;webp",
+        "format": "input",
+        "max_pixels": 50000000,
+        "quality": 95,
+        "resize": "cover",
+        "restore_size": True,
+    },
+    "keep_originals": False,
+    "method": "boomerang",
+    "model": {
+        "channels_last": False,
+        "class_labels": None,
+        "dtype": "float32",
+        "patch_size": 1,
+        "revision": None,
+        "source": "shipped:demo/model",
+        "subfolder": None,
+    },
+    "purpose": "augment",
+    "sampler": {"clip": None, "data_variance": None, "eta": 1.0, "variance": "fixed_small"},
+    "seed": 7,
+    "start": "exact",
+    "steps": 20,
+    "t": {"fraction": 0.4},
+    "variants": 1,
+}
+GOLDEN_DIGEST = "b570c4673016c6a9344337a0a3c7631244e6162146685b075b2c5fa6963d23b7"
+
+
+def test_the_canonical_form_spells_out_every_default():
+    assert parse(AUGMENT).canonical() == GOLDEN_CANONICAL
+
+
+def test_the_digest_of_format_version_1_never_changes():
+    """Outputs on people's disks carry it: a changed format needs a new format_version, not a new value here."""
+    assert parse(AUGMENT).digest == GOLDEN_DIGEST
+
+
+def test_spelling_out_a_default_changes_nothing():
+    spelled = {key: value for key, value in GOLDEN_CANONICAL.items() if value is not None}
+    assert parse({"name": "other", **spelled}).digest == parse(AUGMENT).digest
+
+
+def test_key_order_number_form_and_prose_change_nothing():
+    for attempt in range(5):
+        items = list(AUGMENT.items())
+        random.Random(attempt).shuffle(items)
+        text = "# a comment\n" + yaml.safe_dump(dict(items), sort_keys=False)
+        assert parse_recipe(text, source="elsewhere.yaml").digest == GOLDEN_DIGEST
+    assert parse(AUGMENT | {"sampler": {"eta": 1}, "description": "words", "name": "b"}).digest == GOLDEN_DIGEST
+
+
+def test_run_options_never_enter_the_digest():
+    assert parse(AUGMENT | {"run": {"workers": 8, "max_attempts": 1}}).digest == GOLDEN_DIGEST
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"purpose": "enhance"},
+        {"model": {"source": "elsewhere"}},
+        {"model": {"source": "shipped:demo/model", "dtype": "float16"}},
+        {"t": {"fraction": 0.5}},
+        {"t": {"sigma": 0.4}},
+        {"steps": 21},
+        {"grid": "leading"},
+        {"grid": [0, 10, 20]},
+        {"start": "snap"},
+        {"sampler": {"eta": 0}},
+        {"variants": 2},
+        {"keep_originals": True},
+        {"identity": "content"},
+        {"seed": 8},
+        {"images": {"quality": 90}},
+        {"fields": {"fields": {"json": "drop"}}},
+        {"batch_size": 32},
+    ],
+)
+def test_whatever_determines_the_output_enters_the_digest(change):
+    assert parse(AUGMENT | change).digest != GOLDEN_DIGEST
+
+
+def test_every_recipe_field_is_in_the_canonical_form_or_known_to_be_left_out():
+    assert set(parse(AUGMENT).canonical()) == set(Recipe.model_fields) - {"name", "description", "run"}
+
+
+def test_the_canonical_form_parses_back_to_itself():
+    for data in (AUGMENT, ANONYMIZE, AUGMENT | {"grid": [0, 5, 9], "t": {"snr": 0.7}}):
+        recipe = parse(data)
+        again = parse_recipe(json.dumps({"name": "again", **recipe.canonical()}), source="run.json")
+        assert again.digest == recipe.digest
+
+
+def test_a_recipe_is_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        parse(AUGMENT).steps = 3
