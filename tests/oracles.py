@@ -114,22 +114,23 @@ def gaussian_oracle(
     clip_range: float | None = None,
 ) -> Oracle:
     """Data N(mean, covariance): mean (d,), covariance (d, d); images are (d, 1, 1)."""
-    size = len(mean)
-    mean, covariance = mean.double(), covariance.double()
-    eye = torch.eye(size, dtype=torch.float64)
+    mean = mean.double()
+    values, basis = torch.linalg.eigh(covariance.double())
 
     def posterior_mean(x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        a, s = alpha.view(-1, 1, 1), sigma.view(-1, 1, 1)
-        gain = a * covariance @ torch.linalg.inv(a**2 * covariance + s**2 * eye)
-        offset = x.view(-1, size, 1) - a * mean.view(1, size, 1)
-        return (mean.view(1, size, 1) + gain @ offset).view_as(x)
+        a, s = alpha.view(-1, 1), sigma.view(-1, 1)
+        gain = a * values / (a**2 * values + s**2)
+        offset = (x.flatten(1) - a * mean) @ basis
+        return (mean + (gain * offset) @ basis.T).view_as(x)
 
-    return Oracle(posterior_mean, (size, 1, 1), levels, prediction, clip_range)
+    return Oracle(posterior_mean, (len(mean), 1, 1), levels, prediction, clip_range)
 
 
 def scalar_gaussian_oracle(variance: float, levels: NoiseLevels, prediction: Prediction = "epsilon") -> Oracle:
     """Data N(0, variance) in one dimension; images are (1, 1, 1)."""
-    return gaussian_oracle(torch.zeros(1), torch.full((1, 1), variance), levels, prediction)
+    return gaussian_oracle(
+        torch.zeros(1), torch.full((1, 1), variance, dtype=torch.float64), levels, prediction
+    )
 
 
 def mixture_oracle(means: Tensor, variance: float, levels: NoiseLevels) -> Oracle:

@@ -8,7 +8,7 @@ import random
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from boomerang_batch.config.pipeline import Recipe, parse_recipe
@@ -182,6 +182,7 @@ def test_text_that_is_no_plain_recipe_is_refused(text, told, tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []  # no tag was obeyed
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.text() | st.recursive(st.none() | st.integers(), lambda inner: st.lists(inner)).map(yaml.safe_dump))
 def test_arbitrary_text_never_escapes_as_another_error(text):
     with pytest.raises(RecipeError):

@@ -28,6 +28,7 @@ LAYERS = {
     "models": 2,
     "run": 3,
     "run.worker": 4,
+    "run.dispatch": 5,
     "run.driver": 5,
     "audit": 6,
     "report": 6,
@@ -44,8 +45,8 @@ SOLE_IMPORTERS = {
     "click": {"cli"},
     "diffusers": {"models", "demo"},
     "fsspec": {"storage"},
-    "ray": {"run.worker", "run.driver"},
-    "tarfile": {"data.shards"},
+    "ray": {"run.worker", "run.dispatch"},
+    "tarfile": {"data.shards", "data.tars"},
     "transformers": {"models"},
     "webdataset": {"data.shards", "data.manifest"},
 }
@@ -122,7 +123,7 @@ def test_module_keeps_to_its_layer(module):
         ("data.manifest", "import tarfile", "tarfile"),
         ("data.manifest", "import fsspec.core", "fsspec"),
         ("data.manifest", "from ..run import commit", "run.commit"),
-        ("run.runner", "import ray", "ray"),
+        ("run.driver", "import ray", "ray"),
         ("run.runner", "from . import worker", "run.worker"),
         ("run.worker", "from boomerang_batch.run.driver import run", "run.driver"),
         ("run.driver", "import boomerang_batch.cli", "cli"),
@@ -131,9 +132,6 @@ def test_module_keeps_to_its_layer(module):
     ],
 )
 def test_a_planted_violation_is_found(module, source, named):
-    known = {"run.worker", "run.driver", "run.commit", "storage"} - set(modules())
-    if known:
-        pytest.skip(f"{sorted(known)} not written yet")
     found = violations(source, module)
     assert len(found) == 1
     assert named in found[0]

@@ -6,7 +6,6 @@ import json
 
 import diffusers
 import pytest
-import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
@@ -16,6 +15,7 @@ from boomerang_batch.diffusion.samplers import build_solver, step
 from boomerang_batch.diffusion.schedule import build_schedule
 from boomerang_batch.errors import ModelError
 from boomerang_batch.models import load_denoiser
+from tests import tiny_models
 
 TAU = torch.tensor([0, 3, 11, 19], dtype=torch.float64)
 LABELS = torch.tensor([0, 2, 1, 0])

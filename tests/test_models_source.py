@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -16,6 +15,7 @@ from boomerang_batch.config.pipeline import ModelSpec
 from boomerang_batch.errors import ModelError
 from boomerang_batch.models.network import load_network
 from boomerang_batch.models.source import find_source
+from tests import tiny_models
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 WEIGHTS = "diffusion_pytorch_model.safetensors"

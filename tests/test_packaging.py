@@ -1,4 +1,4 @@
-"""pyproject.toml, constraints.txt, Makefile: what is asked for is pinned, and every target says what it does."""
+"""pyproject, constraints, Makefile: what is asked for is pinned, and every target says what it does."""
 
 from __future__ import annotations
 

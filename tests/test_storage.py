@@ -237,7 +237,10 @@ def race(folder, racer, start, wins):
 def test_a_race_of_processes_has_one_winner_in_each_round(tmp_path):
     spawn = multiprocessing.get_context("spawn")
     start, wins = spawn.Barrier(RACERS), spawn.Queue()
-    racers = [spawn.Process(target=race, args=(str(tmp_path), racer, start, wins)) for racer in range(RACERS)]
+    racers = [
+        spawn.Process(target=race, daemon=True, args=(str(tmp_path), racer, start, wins))
+        for racer in range(RACERS)
+    ]
     for process in racers:
         process.start()
     # Winners are told through a pipe; reading it empty lets the racers end.

@@ -35,7 +35,9 @@ def doctor(pipeline: str, device: str, threads: int | None, overrides: tuple[str
     clip = "no clipping" if model.clip_range is None else f"x_0 clipped to {model.clip_range:g}"
     click.echo(f"model       {size}, {model.prediction}, {labels}, {clip}, digest {model.digest[:12]}")
     unit, value = recipe.t.unit
-    click.echo(f"t           {unit} {value:g} by {recipe.start}: {schedule.n} evaluations of {recipe.steps} steps")
+    click.echo(
+        f"t           {unit} {value:g} by {recipe.start}: {schedule.n} evaluations of {recipe.steps} steps"
+    )
     click.echo("   node        tau      sigma        SNR  evaluations")
     for i in range(schedule.n, -1, -1):
         sigma = float(schedule.sigma[i] / schedule.alpha[i])

@@ -19,8 +19,13 @@ if TYPE_CHECKING:
 @click.argument("manifest")
 @click.argument("out")
 @click.option("--private-dir", metavar="DIR", help="Secret and tables that link back; anonymize needs it.")
-@click.option("--address", default="inline", metavar="ADDR", show_default=True,
-              help="inline: no Ray. local: a Ray of its own on this machine. Else a Ray cluster's address.")
+@click.option(
+    "--address",
+    default="inline",
+    metavar="ADDR",
+    show_default=True,
+    help="inline: no Ray. local: a Ray of its own on this machine. Else a Ray cluster's address.",
+)
 @click.option("--workers", type=click.IntRange(min=1), help="Ray workers.  [default: one per GPU, else 1]")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads per worker.  [default: all cores]")
@@ -72,7 +77,6 @@ def summary(report: RunReport) -> str:
     rows = ", ".join(f"{count} {status}" for status, count in report.rows.items()) or "none"
     lines = [f"{report.out}: shards {shards or 'none'}; samples {rows}; {report.seconds:.1f} s"]
     lines += [f"quarantined: {problem}" for problem in report.problems]
-    lines += [f"unfit: {violation}" for violation in report.violations]
     if report.stopped:
         lines.append("stopped; run the same command to resume")
     elif report.exit_code == 3:

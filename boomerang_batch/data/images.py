@@ -241,15 +241,15 @@ def _plain(image: Image.Image, field: str) -> tuple[Pixels, Pixels | None]:
         return _from_16_bits(image)
     profile = image.info.get("icc_profile")
     if mode == "CMYK":
-        return _array(_to_srgb(image, profile).convert("RGB")), None
+        return _array(_in_mode(_to_srgb(image, profile), "RGB")), None
     if mode not in (*_LUMA_MODES, "P", "PA", "RGB", "RGBA", "YCbCr"):
         raise SampleError("unsupported-mode", f"field {field} has pixel mode {mode}; convert it to RGB or grey")
     has_alpha = mode in ("LA", "PA", "RGBA") or "transparency" in image.info
-    whole = image.convert("RGBA" if has_alpha else "L" if mode in _LUMA_MODES else "RGB")
+    whole = _in_mode(image, "RGBA" if has_alpha else "L" if mode in _LUMA_MODES else "RGB")
     colour = whole
     if has_alpha:
         colour = whole.getchannel("R") if mode in _LUMA_MODES else whole.convert("RGB")
-    pixels = _array(_to_srgb(colour, profile).convert(colour.mode))
+    pixels = _array(_in_mode(_to_srgb(colour, profile), colour.mode))
     return pixels, np.asarray(whole.getchannel("A")) if has_alpha else None
 
 
@@ -260,6 +260,10 @@ def _from_16_bits(image: Image.Image) -> tuple[Pixels, Pixels | None]:
     transparent = image.info.get("transparency")
     alpha = None if transparent is None else np.where(deep == transparent, 0, 255).astype(np.uint8)
     return ((deep * 255 + 32767) // 65535).astype(np.uint8)[..., None], alpha
+
+
+def _in_mode(image: Image.Image, mode: str) -> Image.Image:
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _array(image: Image.Image) -> Pixels:

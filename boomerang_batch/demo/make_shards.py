@@ -56,9 +56,8 @@ def samples(
     """(key, fields) of the test images `indices`: png (28x28 grey), cls, json."""
     for index in indices:
         label = int(labels[index])
-        png, _ = encode(
-            Picture(pixels=images[index, :, :, None], alpha=None, format="png"), policy=ImagePolicy()
-        )
+        picture = Picture(pixels=images[index, :, :, None], alpha=None, format="png")
+        png, _ = encode(picture, policy=ImagePolicy())
         about = {"class_name": CLASS_NAMES[label], "index": index, "split": "test"}
         fields = {"png": png, "cls": str(label).encode(), "json": json.dumps(about).encode()}
         yield f"fmnist-test-{index:05d}", fields

@@ -65,7 +65,7 @@ def fold(pixels: NDArray[np.uint8]) -> torch.Tensor:
     return functional.pixel_unshuffle(x_0, SETTINGS["patch_size"])
 
 
-def build_network() -> Any:  # noqa: ANN401 (diffusers ships no types)
+def build_network() -> Any:
     """The untrained UNet2DModel: folded pixels in, v out, and a class row more for the null label."""
     from diffusers import UNet2DModel
 
@@ -84,7 +84,7 @@ def build_network() -> Any:  # noqa: ANN401 (diffusers ships no types)
     )
 
 
-def build_scheduler() -> Any:  # noqa: ANN401 (diffusers ships no types)
+def build_scheduler() -> Any:
     """The noise scheduler, whose configuration travels with the model."""
     from diffusers import DDPMScheduler
 

@@ -98,5 +98,5 @@ def normal(
         radius = torch.sqrt(-2 * torch.log((first.double() + 1) * 2.0**-32))
         angle = second.double() * (2 * math.pi * 2.0**-32)
         parts += [radius * torch.cos(angle), radius * torch.sin(angle)]
-    flat = torch.stack(parts, dim=-1).view(len(keys), -1)[:, :count]
+    flat = torch.stack(parts, dim=-1).flatten(1)[:, :count]
     return flat.float().view(len(keys), *shape)

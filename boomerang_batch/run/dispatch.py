@@ -1,10 +1,10 @@
 """The pool on Ray: workers come and go, tasks get done.
 
-Every worker is wanted at once and holds up to `DEPTH` tasks. When one dies its tasks go back to the queue, unless
-storage says that they were committed before the death. A task that shared its worker with a victim is not to
-blame, so from then on it runs alone; only a death that a task met alone, and without having got further than
-any time before, counts as an attempt. After `max_attempts` of those it is quarantined. Ray's own restarts and
-retries are off: they would repeat a poisoned task for ever and could not tell the innocent.
+Every worker is wanted at once and holds up to `DEPTH` tasks. When one dies its tasks go back to the queue,
+unless storage says that they were committed before the death. A task that shared its worker with another may
+not be to blame, so from then on it runs alone; only a death that a task met alone, and without having got
+further than any time before, counts as an attempt. After `max_attempts` of those it is quarantined. Ray's own
+restarts and retries are off: they would repeat a poisoned task for ever and could not tell the innocent.
 """
 
 from __future__ import annotations
@@ -52,8 +52,11 @@ class _Member:
 class RayPool:
     """Does tasks on Ray actors. See `driver.Pool` for the contract."""
 
-    def __init__(self, spec: RunSpec, *, address: str, workers: int | None, max_attempts: int) -> None:
+    def __init__(
+        self, spec: RunSpec, *, address: str, workers: int | None, max_attempts: int, worker: Any = Worker
+    ) -> None:
         self._spec = spec
+        self._worker = worker
         self._address = address
         self._workers = workers
         self._max_attempts = max_attempts
@@ -131,7 +134,7 @@ class RayPool:
             signal.signal(number, handler)
 
     def _hire(self) -> None:
-        actor = Worker.options(**self._options).remote(self._spec)
+        actor = self._worker.options(**self._options).remote(self._spec)
         self._members.append(_Member(actor=actor, loading=actor.load.remote()))
 
     def _welcome(self, member: _Member) -> None:
@@ -142,7 +145,7 @@ class RayPool:
             self._load_deaths += 1
             if self._load_deaths >= _LOAD_DEATHS_ALLOWED:
                 raise BoomerangError(
-                    f"{self._load_deaths} workers in a row died while loading the model; is there memory enough? "
+                    f"{self._load_deaths} workers in a row died while loading the model; is memory short? "
                     f"({_first_line(error)})"
                 ) from error
             self._members.remove(member)

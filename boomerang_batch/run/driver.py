@@ -7,7 +7,8 @@ tasks, here or elsewhere, and both kinds of pool run the same code.
 from __future__ import annotations
 
 import dataclasses
-import datetime
+import datetime as dt
+import itertools
 import logging
 import os
 import threading
@@ -22,13 +23,13 @@ from boomerang_batch.config.pipeline import Recipe
 from boomerang_batch.data.manifest import Manifest
 from boomerang_batch.errors import ManifestError, PrivateDirError
 from boomerang_batch.run.commit import MARKER_SUFFIX, read_marker
+from boomerang_batch.run.keys import KeyRegistry
 from boomerang_batch.run.naming import Naming
 from boomerang_batch.run.private import SECRET_VARIABLE, load_secret, prepare_private_dir
 from boomerang_batch.run.record import RunRecord, open_record, read_record
 from boomerang_batch.run.sheet import publish_sheets
 from boomerang_batch.run.tasks import RunReport, RunSpec, ShardReport, Task, WorkerFacts
 from boomerang_batch.run.telemetry import Telemetry
-from boomerang_batch.run.verify import repeated_keys
 
 _log = logging.getLogger(__name__)
 
@@ -99,12 +100,15 @@ def execute(request: RunRequest, *, stop: threading.Event) -> RunReport:
                 extend=request.extend,
                 accept_stack=request.accept_stack,
             )
+            registry = KeyRegistry()
             done, todo = _split(out, tasks)
-            for report in done:
-                telemetry.shard(report)
-            for report in pool.run(todo, stop=stop, progress=telemetry.images_in_flight):
+            for report in itertools.chain(done, pool.run(todo, stop=stop, progress=telemetry.images_in_flight)):
                 reports[report.name] = report
                 telemetry.shard(report)
+                if report.status in ("done", "there") and recipe.identity == "key":
+                    repeated = registry.add(out, report.name)
+                    if repeated:
+                        raise ManifestError(f"{request.manifest.name}: {repeated}")
         finally:
             pool.close()
             storage.sweep(out)
@@ -128,9 +132,7 @@ def _plan(request: RunRequest, naming: Naming) -> list[Task]:
     entries = request.manifest.shards[: request.limit]
     if not entries:
         raise ManifestError(f"manifest {request.manifest.name} lists no shards")
-    return [
-        Task(name=naming.stem(entry.stem), url=entry.url, source_stem=entry.stem) for entry in entries
-    ]
+    return [Task(name=naming.stem(entry.stem), url=entry.url, source_stem=entry.stem) for entry in entries]
 
 
 def _pool(spec: RunSpec, request: RunRequest) -> Pool:
@@ -148,9 +150,7 @@ def _pool(spec: RunSpec, request: RunRequest) -> Pool:
     )
 
 
-def _record(
-    request: RunRequest, naming: Naming, tasks: Sequence[Task], facts: WorkerFacts
-) -> RunRecord:
+def _record(request: RunRequest, naming: Naming, tasks: Sequence[Task], facts: WorkerFacts) -> RunRecord:
     limited = dataclasses.replace(request.manifest, shards=request.manifest.shards[: request.limit])
     return RunRecord(
         name=request.recipe.name,
@@ -181,7 +181,7 @@ def _split(out: str, tasks: Sequence[Task]) -> tuple[list[ShardReport], list[Tas
 def _publish_log(out: str, telemetry: Telemetry) -> None:
     folder = storage.join(out, "logs")
     storage.make_folder(folder)
-    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S.%fZ")
+    stamp = dt.datetime.now(dt.UTC).strftime("%Y%m%dT%H%M%S.%fZ")
     storage.publish_bytes(telemetry.log(), storage.join(folder, f"{stamp}.jsonl"))
 
 
@@ -201,9 +201,7 @@ def _close(
         rows.update(report.counts)
     quarantined = [task for task in left if reports.get(task.name, _UNTOUCHED).status == "quarantined"]
     stopped = stop.is_set() and len(left) > len(quarantined)
-    violations: list[str] = []
     if not stopped:
-        violations += repeated_keys(request.out, [report.name for report in done])
         publish_sheets(request.recipe, request.out, request.private_dir, naming, tasks, done)
     made = [report for report in reports.values() if report.status == "done"]
     return RunReport(
@@ -216,7 +214,6 @@ def _close(
         },
         rows=dict(sorted(rows.items())),
         problems=tuple(reports[task.name].reason for task in quarantined),
-        violations=tuple(violations),
         seconds=round(seconds, 3),
         stopped=stopped,
     )

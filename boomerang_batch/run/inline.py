@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
@@ -32,9 +33,7 @@ class InlinePool:
             if stop.is_set():
                 return
             try:
-                yield self._runner.run(
-                    task, stop=stop, progress=lambda count, name=task.name: progress(name, count)
-                )
+                yield self._runner.run(task, stop=stop, progress=functools.partial(progress, task.name))
             except StoppedError as error:
                 yield ShardReport(name=task.name, status="stopped", reason=str(error))
             except ShardError as error:

@@ -91,5 +91,7 @@ class Ledger:
         entries = list(self._entries.values())
         if self._by_pseudonym:
             # The input's order would link back; pseudonyms carry nothing.
-            return sorted(entries, key=lambda entry: (entry.row.key is None, entry.row.key or "", entry.source.offset))
+            return sorted(
+                entries, key=lambda entry: (entry.row.key is None, entry.row.key or "", entry.source.offset)
+            )
         return sorted(entries, key=lambda entry: (entry.source.offset, entry.row.variant))

@@ -42,21 +42,20 @@ class Naming:
         """What names a sample for the noise, by the recipe's `identity`."""
         if self._recipe.identity == "content":
             return hashlib.sha256(image).digest()
-        return key.encode() if self._recipe.identity == "key" else _joined(shard, key)
-
-    def unreadable_identity(self, *, shard: str, key: str) -> bytes:
-        """Stands in for the identity where the image could not be read: never used for noise."""
-        return key.encode() if self._recipe.identity == "key" else _joined(shard, key)
+        return self._place(shard, key)
 
     def noise_key(self, identity: bytes, variant: int) -> bytes:
         """The 16-byte noise key of one variant."""
         return noise_key(self._material, identity=identity, variant=variant)
 
-    def row_key(self, key: str, identity: bytes, variant: int) -> str:
-        """The key column of the provenance row: the key, or the variant's own pseudonym."""
+    def row_key(self, *, shard: str, key: str, variant: int) -> str:
+        """The key column of the provenance row: the key, or the variant's own pseudonym.
+
+        Unlike the noise, a pseudonym never goes by content: equal images are still different samples.
+        """
         if self._secret is None:
             return key
-        return self._mac(b"key", identity + struct.pack("<q", variant), size=16)
+        return self._mac(b"key", self._place(shard, key) + struct.pack("<q", variant), size=16)
 
     def stem(self, source_stem: str) -> str:
         """The output's stem for an input's."""
@@ -72,11 +71,13 @@ class Naming:
             return hashlib.blake2b(data, key=self._material, digest_size=16, person=b"field").hexdigest()
         return self._mac(b"field", data, size=16)
 
+    def _place(self, shard: str, key: str) -> bytes:
+        """The key, or shard and key as one text such that no two different pairs meet."""
+        if self._recipe.identity == "key":
+            return key.encode()
+        parts = (shard.encode(), key.encode())
+        return b"".join(struct.pack("<Q", len(part)) + part for part in parts)
+
     def _mac(self, purpose: bytes, data: bytes, *, size: int) -> str:
         key = self._secret or b""
         return hashlib.blake2b(data, key=key, digest_size=size, person=b"bmg-" + purpose).hexdigest()
-
-
-def _joined(shard: str, key: str) -> bytes:
-    """Two texts as one, such that no two different pairs meet."""
-    return b"".join(struct.pack("<Q", len(part)) + part for part in (shard.encode(), key.encode()))

@@ -14,10 +14,10 @@ from pathlib import Path
 from boomerang_batch import storage
 from boomerang_batch.errors import PrivateDirError
 
-SECRET_VARIABLE = "BOOMERANG_SECRET"
+SECRET_VARIABLE = "BOOMERANG_SECRET"  # noqa: S105 (its name, not its value)
 _SECRET_BYTES = 32
 _LEAST_SECRET_BYTES = 16
-_SECRET_FILE = "secret"
+_SECRET_FILE = "secret"  # noqa: S105
 
 
 def prepare_private_dir(private_dir: str, *, out: str) -> None:

@@ -97,9 +97,7 @@ def open_record(out: str, wanted: RunRecord, *, extend: bool, accept_stack: bool
     return merged
 
 
-def _differences(
-    there: RunRecord, wanted: RunRecord, *, extend: bool, accept_stack: bool
-) -> Iterator[str]:
+def _differences(there: RunRecord, wanted: RunRecord, *, extend: bool, accept_stack: bool) -> Iterator[str]:
     if wanted.recipe_digest != there.recipe_digest:
         yield "recipe " + ", ".join(_diff(there.recipe, wanted.recipe))
     added, gone = set(wanted.shards) - set(there.shards), set(there.shards) - set(wanted.shards)
@@ -112,11 +110,13 @@ def _differences(
     if wanted.limit != there.limit and not (extend and not gone):
         yield f"limit ({there.limit} there, {wanted.limit} now)"
     if wanted.model_digest != there.model_digest:
-        yield f"model weights or configuration ({there.model_digest[:12]} there, {wanted.model_digest[:12]} now)"
+        yield f"model weights or settings ({there.model_digest[:12]} there, {wanted.model_digest[:12]} now)"
     if wanted.noise_key_id != there.noise_key_id:
         yield f"secret or seed ({there.noise_key_id} there, {wanted.noise_key_id} now)"
     if not accept_stack and wanted.stack not in (there.stack, *there.accepted_stacks):
-        yield "stack " + ", ".join(_diff(there.stack, wanted.stack)) + " (--accept-stack goes on, and records it)"
+        yield (
+            "stack " + ", ".join(_diff(there.stack, wanted.stack)) + " (--accept-stack goes on, and records it)"
+        )
 
 
 def _diff(there: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

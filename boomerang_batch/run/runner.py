@@ -78,9 +78,7 @@ class Runner:
             name=task.name, status="done", counts=counts, seconds=round(time.monotonic() - started, 3)
         )
 
-    def _fill(
-        self, ledger: Ledger, task: Task, stop: threading.Event, progress: Callable[[int], None]
-    ) -> None:
+    def _fill(self, ledger: Ledger, task: Task, stop: threading.Event, progress: Callable[[int], None]) -> None:
         finished = 0
         with storage.open_read(task.url) as stream:
             for draw, x_0 in self._engine.run(self._draws(ledger, stream, task, stop)):
@@ -123,7 +121,7 @@ class Runner:
         write_rows(provenance, [row for _, row in rows])
         if self._private_dir is not None:
             write_links(self._private_dir, task, rows, scratch=scratch)
-        counts = dict(sorted(Counter(row.status for _, row in rows).items()))
+        counts: dict[str, int] = dict(sorted(Counter(str(row.status) for _, row in rows).items()))
         tar_digest, provenance_digest = digest_file(tar), digest_file(provenance)
         marker = Marker(
             stem=task.name,

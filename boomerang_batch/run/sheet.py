@@ -72,13 +72,9 @@ def _inputs(
         for item in read_samples(stream, shard=task.url):
             if not isinstance(item, Sample):
                 continue
-            try:
-                image = item.fields[fields.image_field(item, recipe.images)]
-            except BoomerangError:
-                continue
-            identity = naming.identity(shard=task.source_stem, key=item.key, image=image)
             for variant in range(recipe.variants):
-                key = member_key(recipe, naming.row_key(item.key, identity, variant), variant)
+                row_key = naming.row_key(shard=task.source_stem, key=item.key, variant=variant)
+                key = member_key(recipe, row_key, variant)
                 picture = _picture(recipe, item) if key in wanted else None
                 if picture is not None:
                     yield key, picture

@@ -59,16 +59,12 @@ class RunReport:
     rows: Mapping[str, int]
     problems: tuple[str, ...]
     """Why shards were quarantined."""
-    violations: tuple[str, ...]
-    """What makes the output unfit for use although it was written."""
     seconds: float
     stopped: bool
 
     @property
     def exit_code(self) -> int:
-        """0 all done, 1 unfit output, 3 with quarantined samples or shards, 75 stopped and resumable."""
-        if self.violations:
-            return 1
+        """0 all done, 3 with quarantined samples or shards, 75 stopped and resumable."""
         if self.stopped:
             return 75
         bad_rows = sum(count for status, count in self.rows.items() if status not in ("ok", "original"))

@@ -33,7 +33,12 @@ class Telemetry:
         self._quiet = quiet
         self._bar: Progress | None = None
         if not quiet and sys.stderr.isatty():
-            columns = (TextColumn("shards"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+            columns = (
+                TextColumn("shards"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
             self._bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
             self._row = self._bar.add_task("shards", total=shards, note="")
 
@@ -60,7 +65,9 @@ class Telemetry:
             self._done += 1
         bad = sum(count for status, count in report.counts.items() if status not in ("ok", "original"))
         self._failed += bad
-        self.event("shard", name=report.name, status=report.status, counts=dict(report.counts), seconds=report.seconds)
+        self.event(
+            "shard", name=report.name, status=report.status, counts=dict(report.counts), seconds=report.seconds
+        )
         if report.reason:
             self.event("problem", name=report.name, reason=report.reason)
         self._show(force=report.status == "quarantined")
@@ -85,4 +92,8 @@ class Telemetry:
             left = self._shards - self._done
             eta_s = round((now - self._started) / self._done * left) if self._done else None
             line = {"shards_done": self._done, "shards": self._shards, "images": images, "failed": self._failed}
-            print(json.dumps({**line, "images_per_s": round(rate, 2), "eta_s": eta_s}), file=sys.stderr, flush=True)
+            print(
+                json.dumps({**line, "images_per_s": round(rate, 2), "eta_s": eta_s}),
+                file=sys.stderr,
+                flush=True,
+            )

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from boomerang_batch.config.pipeline import Recipe
 from boomerang_batch.data import fields, geometry, images
-from boomerang_batch.data.provenance import Row
+from boomerang_batch.data.formats import output_field
+from boomerang_batch.data.provenance import Row, Status, pixel_digest
 from boomerang_batch.data.shards import Sample, Unreadable, check_name
 from boomerang_batch.diffusion.denoiser import DenoiserSpec
 from boomerang_batch.diffusion.engine import Draw
@@ -32,6 +33,7 @@ class Prepared:
     """A sample decoded and placed, with all that finishing its variants needs."""
 
     source: Source
+    shard: str
     identity: bytes
     image_field: str
     image: bytes
@@ -62,21 +64,27 @@ class Transform:
         self._naming = naming
         self._private = recipe.purpose == "anonymize"
         unit, value = recipe.t.unit
-        self._method = {
-            "t": f"{unit}={value:g}",
-            "node": schedule.n,
-            "tau": float(schedule.tau[-1]),
-            "sigma": schedule.relative_sigma,
-            "evaluations": schedule.n,
-            "sampler": recipe.sampler.variance,
-            "eta": recipe.sampler.eta,
-            "noise_key_id": naming.noise_key_id,
-        }
-        self._constants = {
-            "model_digest": model.digest,
-            "recipe_digest": recipe.digest,
-            "versions": versions,
-        }
+        # Rows are made from templates that hold what is the same for all.
+        self._row = Row(
+            variant=ORIGINAL,
+            status="original",
+            model_digest=model.digest,
+            recipe_digest=recipe.digest,
+            versions=versions,
+        )
+        self._drawn_row = dataclasses.replace(
+            self._row,
+            variant=0,
+            status="ok",
+            t=f"{unit}={value:g}",
+            node=schedule.n,
+            tau=float(schedule.tau[-1]),
+            sigma=schedule.relative_sigma,
+            evaluations=schedule.n,
+            sampler=f"ancestral {recipe.sampler.variance}" if recipe.sampler.eta else "ddim",
+            eta=recipe.sampler.eta,
+            noise_key_id=naming.noise_key_id,
+        )
 
     def prepare(self, sample: Sample, *, shard: str) -> Prepared:
         """Decode, place and name one sample. Raises SampleError."""
@@ -98,6 +106,7 @@ class Transform:
         values = images.to_model_values(pixels, self._model.value_range)
         return Prepared(
             source=Source(key=sample.key, offset=sample.offset),
+            shard=shard,
             identity=self._naming.identity(shard=shard, key=sample.key, image=image),
             image_field=image_field,
             image=image,
@@ -130,33 +139,30 @@ class Transform:
             alpha = geometry.place(alpha[..., np.newaxis], size=size, policy=policy.resize)[0][..., 0]
         drawn = dataclasses.replace(picture, pixels=pixels, alpha=alpha)
         data, format = images.encode(drawn, policy=policy)
-        name = images.output_field(prepared.image_field, format)
-        return self._output(prepared, variant, {name: data}, pixels.shape, "ok", self._method)
+        field = output_field(prepared.image_field, format)
+        return self._output(prepared, variant, field, data, self._drawn_row)
 
     def original(self, prepared: Prepared) -> Output:
         """The kept original beside its variants, byte for byte."""
-        image, shape = {prepared.image_field: prepared.image}, prepared.picture.pixels.shape
-        return self._output(prepared, ORIGINAL, image, shape, "original", {})
+        return self._output(prepared, ORIGINAL, prepared.image_field, prepared.image, self._row)
 
     def failed(self, sample: Sample, error: SampleError, *, shard: str) -> list[tuple[Source, Row]]:
         """A row per variant for a sample that can't be processed."""
-        identity = self._naming.unreadable_identity(shard=shard, key=sample.key)
         source = Source(key=sample.key, offset=sample.offset, detail=error.detail)
         return [
-            (source, self._bad_row("failed", source, identity, variant, error.reason))
+            (source, self._bad_row("failed", source, shard, variant, error.reason))
             for variant in range(self._recipe.variants)
         ]
 
     def failed_variant(self, prepared: Prepared, variant: int, error: SampleError) -> tuple[Source, Row]:
         """The row of a variant that was drawn but can't be used."""
         source = Source(key=prepared.source.key, offset=prepared.source.offset, detail=error.detail)
-        return source, self._bad_row("failed", source, prepared.identity, variant, error.reason)
+        return source, self._bad_row("failed", source, prepared.shard, variant, error.reason)
 
     def unreadable(self, item: Unreadable, *, shard: str) -> tuple[Source, Row]:
         """The row of bytes that could not be read as a sample."""
         source = Source(key=item.key, offset=item.offset, detail=item.detail)
-        identity = self._naming.unreadable_identity(shard=shard, key=item.key or "")
-        return source, self._bad_row("unreadable", source, identity, 0, item.reason)
+        return source, self._bad_row("unreadable", source, shard, 0, item.reason)
 
     def _label(self, sample: Sample) -> int | None:
         labels = self._recipe.model.class_labels
@@ -173,35 +179,38 @@ class Transform:
         self,
         prepared: Prepared,
         variant: int,
-        image: Mapping[str, bytes],
-        shape: tuple[int, ...],
-        status: str,
-        method: Mapping[str, object],
+        field: str,
+        data: bytes,
+        template: Row,
     ) -> Output:
-        row_key = self._naming.row_key(prepared.source.key or "", prepared.identity, variant)
+        source_key = prepared.source.key or ""
+        row_key = self._naming.row_key(shard=prepared.shard, key=source_key, variant=variant)
         key = member_key(self._recipe, row_key, variant)
-        contents = {**image, **prepared.travelling}
-        for field in contents:
-            check_name(key, field)
-        (data,) = image.values()
-        row = Row(
+        contents = fields.with_image(field, data, prepared.travelling)
+        for name in contents:
+            check_name(key, name)
+        # Read back what will be written: that it decodes is part of being done.
+        written = images.decode(data, field=field, channels=None, policy=self._recipe.images)
+        height, width = written.pixels.shape[:2]
+        row = dataclasses.replace(
+            template,
             key=row_key,
             variant=variant,
-            status=status,
             source_digest=self._naming.digest(prepared.image),
             output_digest=hashlib.sha256(data).hexdigest(),
-            pixel_digest=images.pixel_digest(data),
+            pixel_digest=pixel_digest(written),
             label=prepared.label if self._label_travels(prepared) else None,
-            width=shape[1],
-            height=shape[0],
-            **method,
-            **self._constants,
+            width=width,
+            height=height,
         )
         return Output(row=row, member_key=key, fields=contents)
 
-    def _bad_row(self, status: str, source: Source, identity: bytes, variant: int, reason: str) -> Row:
-        key = None if source.key is None else self._naming.row_key(source.key, identity, variant)
-        return Row(
+    def _bad_row(self, status: Status, source: Source, shard: str, variant: int, reason: str) -> Row:
+        key = None
+        if source.key is not None:
+            key = self._naming.row_key(shard=shard, key=source.key, variant=variant)
+        return dataclasses.replace(
+            self._row,
             key=key,
             variant=variant,
             status=status,
@@ -209,7 +218,6 @@ class Transform:
             # A sentence may quote the input, an offset finds it: under anonymize both stay private.
             detail=None if self._private else source.detail,
             offset=None if self._private else source.offset,
-            **self._constants,
         )
 
     def _label_travels(self, prepared: Prepared) -> bool:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from boomerang_batch import storage
 from boomerang_batch.config.pipeline import Recipe
 from boomerang_batch.data import images
-from boomerang_batch.data.provenance import Marker, Row, read_rows
+from boomerang_batch.data.provenance import Marker, Row, pixel_digest, read_rows
 from boomerang_batch.data.shards import Unreadable, read_samples
 from boomerang_batch.errors import SampleError, StorageError
 from boomerang_batch.run.commit import (
@@ -25,10 +25,9 @@ from boomerang_batch.run.commit import (
     digest_stream,
     read_marker,
 )
+from boomerang_batch.run.keys import KeyRegistry
 from boomerang_batch.run.naming import member_key
 from boomerang_batch.run.record import RunRecord, require_record
-
-_SHOWN = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,43 +45,23 @@ def verify(out: str, *, deep: bool) -> Verification:
     recipe = Recipe.model_validate_json(json.dumps({"name": record.name, **record.recipe}))
     problems = list(_strangers(out, record))
     rows: Counter[str] = Counter()
-    done = []
+    done, registry = 0, KeyRegistry()
     for stem in record.shards:
         marker = read_marker(out, stem)
         if marker is None:
             problems.append(f"shard {stem} is not done; run the same command to finish")
             continue
-        done.append(stem)
+        done += 1
         rows.update(marker.counts)
         if marker.recipe_digest != record.recipe_digest:
             problems.append(f"shard {stem} was made by another recipe")
         try:
             problems += _check_shard(out, stem, marker, recipe, deep=deep)
+            repeated = registry.add(out, stem) if recipe.identity == "key" else None
+            problems += [repeated] if repeated else []
         except StorageError as error:
             problems.append(f"shard {stem}: {error}")
-    problems += repeated_keys(out, done)
-    return Verification(shards=len(done), rows=dict(sorted(rows.items())), problems=tuple(problems))
-
-
-def repeated_keys(out: str, stems: Sequence[str]) -> list[str]:
-    """Keys that more than one row of the output has: with equal keys goes equal noise, so this is a failure."""
-    seen: dict[bytes, str] = {}
-    repeated: list[str] = []
-    for stem in stems:
-        for row in _rows(out, stem):
-            if row.key is None:
-                continue
-            short = hashlib.blake2b(f"{row.variant} {row.key}".encode(), digest_size=12).digest()
-            if short in seen:
-                repeated.append(f"{row.key} (variant {row.variant}; shards {seen[short]} and {stem})")
-            seen[short] = stem
-    if not repeated:
-        return []
-    shown = ", ".join(repeated[:_SHOWN]) + (" and more" if len(repeated) > _SHOWN else "")
-    return [
-        f"{len(repeated)} key(s) repeat across shards and share their noise: {shown}; set identity: shard+key "
-        "or content in the recipe and use an empty OUT"
-    ]
+    return Verification(shards=done, rows=dict(sorted(rows.items())), problems=tuple(problems))
 
 
 def _check_shard(out: str, stem: str, marker: Marker, recipe: Recipe, *, deep: bool) -> Iterator[str]:
@@ -120,19 +99,20 @@ def _check_shard(out: str, stem: str, marker: Marker, recipe: Recipe, *, deep: b
             if row is None:
                 yield f"{url}: sample {item.key} has no provenance row"
             elif deep:
-                yield from _check_image(url, item.key, item.fields, row)
+                yield from _check_image(url, item.key, item.fields, row, recipe)
     for key in expected:
         yield f"{url}: sample {key} is missing"
 
 
-def _check_image(url: str, key: str, fields: Mapping[str, bytes], row: Row) -> Iterator[str]:
+def _check_image(url: str, key: str, fields: Mapping[str, bytes], row: Row, recipe: Recipe) -> Iterator[str]:
     """The output image's bytes and pixels against its row."""
     found = [name for name, data in fields.items() if hashlib.sha256(data).hexdigest() == row.output_digest]
     if not found:
         yield f"{url}: no field of sample {key} has the output digest of its row"
         return
     try:
-        if images.pixel_digest(fields[found[0]]) != row.pixel_digest:
+        picture = images.decode(fields[found[0]], field=found[0], channels=None, policy=recipe.images)
+        if pixel_digest(picture) != row.pixel_digest:
             yield f"{url}: the pixels of {key}.{found[0]} are not those its row tells of"
     except SampleError as error:
         yield f"{url}: {key}.{found[0]} does not decode: {error}"

@@ -1,0 +1,231 @@
+"""Runs without Ray, end to end: what is written, resumed, refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import threading
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from boomerang_batch.data.manifest import load_manifest
+from boomerang_batch.data.provenance import read_rows
+from boomerang_batch.errors import ManifestError, PrivateDirError, RunMismatchError
+from boomerang_batch.run.private import load_secret
+from boomerang_batch.run.runner import Runner
+from boomerang_batch.run.verify import verify
+from tests import worlds
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    return worlds.save_shards(tmp_path / "in", shards=3, samples=5)
+
+
+def test_a_run_writes_every_sample_and_verifies(tmp_path: Path, tiny_model: Path, manifest: Path):
+    out = tmp_path / "out"
+    report = worlds.run(worlds.recipe(tiny_model), manifest, out)
+    assert report.exit_code == 0
+    assert report.shards == {"done": 3, "there": 0, "quarantined": 0, "left": 0}
+    assert report.rows == {"ok": 15}
+    assert verify(str(out), deep=True).problems == ()
+
+
+def test_an_augment_run_keeps_keys_and_originals(tmp_path: Path, tiny_model: Path, manifest: Path):
+    out = tmp_path / "out"
+    recipe = worlds.recipe(tiny_model, "variants=2", "keep_originals=true", purpose="augment")
+    assert worlds.run(recipe, manifest, out).rows == {"ok": 30, "original": 15}
+    samples = worlds.read_output(out, "s-001")
+    assert [key for key, _ in samples[:3]] == ["img00005", "img00005-v0", "img00005-v1"]
+    original, first, second = (fields for _, fields in samples[:3])
+    assert original["png"] == worlds.png(5)
+    assert len({fields["png"] for fields in (original, first, second)}) == 3
+    assert {fields["cls"] for fields in (original, first, second)} == {b"1"}
+    assert {fields["json"] for fields in (original, first, second)} == {b'{"n": 5}'}
+    assert verify(str(out), deep=True).problems == ()
+
+
+def test_t_zero_gives_back_the_pixels(tmp_path: Path, tiny_model: Path, manifest: Path):
+    out = tmp_path / "out"
+    worlds.run(worlds.recipe(tiny_model, "t.fraction=0.0", purpose="augment"), manifest, out)
+    for number, (_, fields) in enumerate(worlds.read_output(out, "s-000")):
+        assert fields["png"] == worlds.png(number)
+
+
+def test_the_provenance_tells_how_each_output_was_made(tmp_path: Path, tiny_model: Path, manifest: Path):
+    out = tmp_path / "out"
+    recipe = worlds.recipe(tiny_model, purpose="augment")
+    worlds.run(recipe, manifest, out)
+    with (out / "s-000.parquet").open("rb") as stream:
+        rows = read_rows(stream)
+    record = json.loads((out / "run.json").read_text())
+    assert [row.key for row in rows] == [f"img{number:05d}" for number in range(5)]
+    row = rows[2]
+    assert (row.status, row.variant, row.t, row.eta, row.label) == ("ok", 0, "fraction=0.5", 1.0, 2)
+    assert row.node == row.evaluations == 4
+    assert row.tau == 9.0
+    assert row.sigma == pytest.approx(worlds_sigma(10), rel=1e-9)
+    assert row.recipe_digest == recipe.digest == record["recipe_digest"]
+    assert row.model_digest == record["model_digest"]
+    assert (row.width, row.height) == (8, 8)
+
+
+def worlds_sigma(timestep: int) -> float:
+    """Relative noise of the tiny model's chain, by hand."""
+    product = 1.0
+    for j in range(timestep):
+        product *= 1 - (0.0001 + (0.3 - 0.0001) * j / 19)
+    return ((1 - product) / product) ** 0.5
+
+
+@pytest.mark.usefixtures("secret")
+def test_order_of_the_manifest_changes_no_byte(tmp_path: Path, tiny_model: Path, manifest: Path):
+    recipe = worlds.recipe(tiny_model)
+    loaded = load_manifest(str(manifest))
+    shuffled = list(loaded.shards)
+    random.Random(3).shuffle(shuffled)
+    worlds.run(recipe, loaded, tmp_path / "a")
+    worlds.run(recipe, dataclasses.replace(loaded, shards=tuple(shuffled)), tmp_path / "b")
+    assert worlds.tree(tmp_path / "a") == worlds.tree(tmp_path / "b")
+
+
+@pytest.mark.usefixtures("secret")
+def test_a_stopped_run_resumes_to_the_same_bytes(
+    tmp_path: Path, tiny_model: Path, manifest: Path, monkeypatch: pytest.MonkeyPatch
+):
+    recipe = worlds.recipe(tiny_model)
+    worlds.run(recipe, manifest, tmp_path / "whole")
+
+    stop, real = threading.Event(), Runner.run
+
+    def stop_in_the_second(self, task, *, stop, progress):
+        done = sum(1 for _ in (tmp_path / "cut").glob("*_stats.json"))
+        return real(self, task, stop=stop, progress=lambda n: stop.set() if done == 1 and n == 4 else None)
+
+    monkeypatch.setattr(Runner, "run", stop_in_the_second)
+    first = worlds.run(recipe, manifest, tmp_path / "cut", stop=stop)
+    assert (first.exit_code, first.shards["done"], first.shards["left"]) == (75, 1, 2)
+    monkeypatch.setattr(Runner, "run", real)
+
+    second = worlds.run(recipe, manifest, tmp_path / "cut")
+    assert (second.exit_code, second.shards["there"], second.shards["done"]) == (0, 1, 2)
+    assert worlds.tree(tmp_path / "cut") == worlds.tree(tmp_path / "whole")
+
+
+def test_a_second_call_does_nothing_again(tmp_path: Path, tiny_model: Path, manifest: Path):
+    out = tmp_path / "out"
+    recipe = worlds.recipe(tiny_model)
+    worlds.run(recipe, manifest, out)
+    before = worlds.tree(out)
+    report = worlds.run(recipe, manifest, out)
+    assert report.shards == {"done": 0, "there": 3, "quarantined": 0, "left": 0}
+    assert worlds.tree(out) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda recipe, options: (recipe, {**options, "limit": 2}), "limit (None there, 2 now)"),
+        (lambda recipe, options: (recipe, {**options, "threads": 2}), "threads (1 there, 2 now)"),
+    ],
+)
+def test_another_limit_or_stack_is_refused(
+    tmp_path: Path, tiny_model: Path, manifest: Path, change, named: str
+):
+    recipe = worlds.recipe(tiny_model)
+    worlds.run(recipe, manifest, tmp_path / "out")
+    other, options = change(recipe, {})
+    with pytest.raises(RunMismatchError) as refusal:
+        worlds.run(other, manifest, tmp_path / "out", **options)
+    assert named in str(refusal.value)
+
+
+def test_another_recipe_is_refused_naming_the_field(tmp_path: Path, tiny_model: Path, manifest: Path):
+    worlds.run(worlds.recipe(tiny_model), manifest, tmp_path / "out")
+    with pytest.raises(RunMismatchError, match=r"steps \(6 there, 7 now\)"):
+        worlds.run(worlds.recipe(tiny_model, "steps=7"), manifest, tmp_path / "out")
+
+
+def test_another_secret_is_refused(
+    tmp_path: Path, tiny_model: Path, manifest: Path, monkeypatch: pytest.MonkeyPatch
+):
+    worlds.run(worlds.recipe(tiny_model), manifest, tmp_path / "out")
+    monkeypatch.setenv("BOOMERANG_SECRET", "00" * 32)
+    with pytest.raises(RunMismatchError, match="secret or seed"):
+        worlds.run(worlds.recipe(tiny_model), manifest, tmp_path / "out")
+
+
+def test_another_stack_goes_on_when_accepted_and_is_recorded(tmp_path: Path, tiny_model: Path, manifest: Path):
+    worlds.run(worlds.recipe(tiny_model), manifest, tmp_path / "out")
+    report = worlds.run(worlds.recipe(tiny_model), manifest, tmp_path / "out", threads=2, accept_stack=True)
+    assert report.exit_code == 0
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["stack"]["threads"] == "1"
+    assert [stack["threads"] for stack in record["accepted_stacks"]] == ["2"]
+
+
+@pytest.mark.usefixtures("secret")
+def test_extend_adds_shards_and_ends_as_if_never_cut(tmp_path: Path, tiny_model: Path, manifest: Path):
+    recipe = worlds.recipe(tiny_model)
+    whole = load_manifest(str(manifest))
+    less = dataclasses.replace(whole, shards=whole.shards[:2])
+    worlds.run(recipe, whole, tmp_path / "at-once")
+    worlds.run(recipe, less, tmp_path / "grown")
+    with pytest.raises(RunMismatchError, match="--extend"):
+        worlds.run(recipe, whole, tmp_path / "grown")
+    worlds.run(recipe, whole, tmp_path / "grown", extend=True)
+    assert worlds.tree(tmp_path / "grown") == worlds.tree(tmp_path / "at-once")
+    with pytest.raises(RunMismatchError, match="not in it"):
+        worlds.run(recipe, less, tmp_path / "grown", extend=True)
+
+
+def test_keys_that_repeat_across_shards_make_the_output_unfit(tmp_path: Path, tiny_model: Path):
+    folder = tmp_path / "in"
+    manifest = worlds.save_shards(folder, shards=2, samples=2)
+    worlds.write_tar(folder / "s-001.tar", worlds.sample_members("img00001", 9))
+    with pytest.raises(ManifestError, match=r"img00001.*shard\+key"):
+        worlds.run(worlds.recipe(tiny_model, purpose="augment"), manifest, tmp_path / "out")
+    with pytest.raises(ManifestError, match="same noise"):
+        worlds.run(worlds.recipe(tiny_model), manifest, tmp_path / "anonymized")
+    for identity in ("shard+key", "content"):
+        recipe = worlds.recipe(tiny_model, f"identity={identity}")
+        assert worlds.run(recipe, manifest, tmp_path / identity).exit_code == 0
+        assert verify(str(tmp_path / identity), deep=True).problems == ()
+
+
+def test_anonymize_without_a_private_dir_is_refused(tmp_path: Path, tiny_model: Path, manifest: Path):
+    with pytest.raises(PrivateDirError, match="--private-dir"):
+        worlds.run(worlds.recipe(tiny_model), manifest, tmp_path / "out", private_dir=None)
+
+
+def test_a_private_dir_inside_out_is_refused(tmp_path: Path, tiny_model: Path, manifest: Path):
+    with pytest.raises(PrivateDirError, match="must not contain one another"):
+        worlds.run(
+            worlds.recipe(tiny_model), manifest, tmp_path / "out", private_dir=str(tmp_path / "out" / "private")
+        )
+
+
+def test_the_secret_is_made_once_for_its_owner_alone(tmp_path: Path, tiny_model: Path, manifest: Path):
+    worlds.run(worlds.recipe(tiny_model), manifest, tmp_path / "out")
+    file = tmp_path / "out-private" / "secret"
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert file.parent.stat().st_mode & 0o777 == 0o700
+    assert len(load_secret(str(file.parent))) == 32
+    file.chmod(0o644)
+    with pytest.raises(PrivateDirError, match="chmod 600"):
+        load_secret(str(file.parent))
+
+
+def test_links_lead_back_from_every_output(tmp_path: Path, tiny_model: Path, manifest: Path):
+    out = tmp_path / "out"
+    worlds.run(worlds.recipe(tiny_model), manifest, out)
+    found = {}
+    for path in (tmp_path / "out-private" / "links").glob("*.parquet"):
+        for link in pq.read_table(path).to_pylist():
+            found[link["row_key"]] = (Path(link["source_url"]).name, link["source_key"])
+    outputs = {key for stem in out.glob("*.tar") for key, _ in worlds.read_output(out, stem.stem)}
+    assert found.keys() == outputs
+    assert sorted(found.values()) == [(f"s-{number // 5:03d}.tar", f"img{number:05d}") for number in range(15)]
