@@ -4,9 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import hypothesis
 import pytest
+import torch
 
 from tests import worlds
+
+# Machines are busy; a slow example is no failure. CI=true must not change what is tested either.
+hypothesis.settings.register_profile("steady", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("steady")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """On tensors this small a second thread only spins."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -156,7 +156,8 @@ def empirical_oracle(records: Tensor, levels: NoiseLevels) -> Oracle:
     def posterior_mean(x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         return (self_weights(x, stored, alpha, sigma) @ stored).view_as(x)
 
-    return Oracle(posterior_mean, tuple(records.shape[1:]), levels)  # type: ignore[arg-type]
+    _, channels, height, width = records.shape
+    return Oracle(posterior_mean, (channels, height, width), levels)
 
 
 def self_weights(x: Tensor, stored: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:

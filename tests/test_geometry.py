@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from boomerang_batch.data.geometry import place, refuse_cover_with_geometry, restore
+from boomerang_batch.data.geometry import place, refuse_moved_places, restore
 from boomerang_batch.errors import SampleError
 
 POLICIES = st.sampled_from(["cover", "contain", "stretch", "pad"])
@@ -123,8 +123,8 @@ def test_restore_wants_what_was_placed():
     ],
 )
 def test_places_in_the_picture_do_not_travel_with_cover(field, data):
-    with pytest.raises(SampleError, match="cover-moves-boxes") as refused:
-        refuse_cover_with_geometry({"cls": b"1", field: data})
+    with pytest.raises(SampleError, match="boxes-would-move") as refused:
+        refuse_moved_places({"cls": b"1", field: data})
     assert field in refused.value.detail
 
 
@@ -139,4 +139,4 @@ def test_places_in_the_picture_do_not_travel_with_cover(field, data):
     ],
 )
 def test_other_fields_travel(field, data):
-    refuse_cover_with_geometry({field: data})
+    refuse_moved_places({field: data})

@@ -26,7 +26,7 @@ from boomerang_batch.diffusion.schedule import (
 from boomerang_batch.errors import ConfigError
 from tests.oracles import levels_of, linear_levels
 
-CHAIN_SIZES = [10, 50, 100, 250, 999, 1000, 1024, 4000]
+CHAIN_SIZES = [10, 50, 250, 999, 1000, 4000]
 NAMED_GRIDS = ["leading", "trailing", "linspace", "step-linear", "step-quadratic"]
 LINEAR = linear_levels()
 
@@ -46,7 +46,7 @@ def ratios_of(schedule: Schedule) -> list[float]:
 @pytest.mark.parametrize("train_steps", CHAIN_SIZES)
 def test_grids_are_diffusers_timestep_spacings(spacing, train_steps):
     scheduler = DDPMScheduler(num_train_timesteps=train_steps, timestep_spacing=spacing)
-    for steps in range(2, min(train_steps, 1000) + 1, 1 if train_steps <= 1000 else 7):
+    for steps in range(2, min(train_steps, 1000) + 1, 1 if train_steps <= 1000 else 17):
         scheduler.set_timesteps(steps)
         # numpy.arange rounds its length up for some sizes, which gives trailing one node too many: index -1.
         theirs = scheduler.timesteps.tolist()[:steps]
@@ -304,7 +304,7 @@ def test_a_lookup_table_takes_trained_timesteps_only():
     start=st.sampled_from(["exact", "snap", "diffusers-strength"]),
     data=st.data(),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_nodes_ascend_and_exact_ends_at_the_target(grid, kind, start, data):
     steps_of_noise = data.draw(st.lists(st.floats(0.01, 2), min_size=2, max_size=60))
     levels = levels_of(kind, torch.tensor(steps_of_noise, dtype=torch.float64).cumsum(0))
@@ -327,7 +327,7 @@ def test_nodes_ascend_and_exact_ends_at_the_target(grid, kind, start, data):
 
 
 @given(grid=st.sampled_from(NAMED_GRIDS), steps=st.integers(1, 200), start=st.sampled_from(["exact", "snap"]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_evaluations_never_fall_as_t_grows(grid, steps, start):
     counts = [
         resolve(("timestep", timestep), grid=grid, steps=steps, start=start).n
@@ -381,7 +381,7 @@ def img2img_timesteps(scheduler: DDPMScheduler, steps: int, strength: float) -> 
     steps=st.integers(2, 100),
     percent=st.integers(0, 100),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_diffusers_strength_is_img2img(spacing, steps, percent):
     scheduler = DDPMScheduler(timestep_spacing=spacing)
     scheduler.set_timesteps(steps)

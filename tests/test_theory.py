@@ -125,7 +125,7 @@ def random_covariance(size: int, seed: int) -> Tensor:
     eta=st.floats(0, 1),
     data=st.data(),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_t1_gain_and_spread_are_the_closed_form(kind, noise, s2, eta, data):
     levels = levels_of(kind, torch.tensor(noise, dtype=torch.float64).cumsum(0))
     steps, timestep = data.draw(st.integers(1, len(noise))), data.draw(st.integers(1, len(noise)))
@@ -414,7 +414,7 @@ def test_t6_ddims_error_halves_when_the_steps_double(kind):
 
 
 @given(noise=RANDOM_LEVELS, eta=st.floats(0, 1), data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_t7_chains_of_equal_relative_noise_give_the_same_image(noise, eta, data):
     """VP, VE and flow differ by a factor on the state that is 1 at the clean end, nonlinear model or not."""
     ratios = torch.tensor(noise, dtype=torch.float64).cumsum(0)
@@ -449,7 +449,7 @@ def test_t7_prediction_types_give_the_same_image(prediction):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@given(log_sigma=st.floats(math.log(0.05), math.log(20)), steps=st.sampled_from([1, 7, 50, 1000]))
+@given(log_sigma=st.floats(math.log(0.05), math.log(20)), steps=st.sampled_from([1, 7, 50, 200]))
 @settings(max_examples=25, deadline=None)
 def test_t8_exact_starts_at_the_sigma_asked_for(kind, log_sigma, steps):
     """Off the grid too: noise, first step and what the network is told name one level, so G is its rho."""

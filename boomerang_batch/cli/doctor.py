@@ -14,7 +14,13 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("pipeline")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="auto: CUDA where there is any.",
+)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all cores]")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe field.")
 def doctor(pipeline: str, device: str, threads: int | None, overrides: tuple[str, ...]) -> None:

@@ -27,7 +27,13 @@ if TYPE_CHECKING:
     help="inline: no Ray. local: a Ray of its own on this machine. Else a Ray cluster's address.",
 )
 @click.option("--workers", type=click.IntRange(min=1), help="Ray workers.  [default: one per GPU, else 1]")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="auto: CUDA where there is any.",
+)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads per worker.  [default: all cores]")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the manifest's first N shards.")
 @click.option("--extend", is_flag=True, help="Accept a manifest that adds shards to the run in OUT.")

@@ -171,6 +171,8 @@ class Recipe(_Block):
                 "purpose anonymize draws its noise under the private dir's secret; a seed in the recipe "
                 "would let anyone re-run the candidates: remove seed"
             )
+        if self.purpose == "anonymize" and self.fields.default == "keep":
+            raise ValueError("fields.default keep would publish whatever comes along; list what may travel")
         if self.purpose == "anonymize" and self.keep_originals:
             raise ValueError("keep_originals would publish what purpose anonymize is to hide")
         if self.purpose != "anonymize" and self.seed is None:

@@ -78,19 +78,20 @@ def restore(pixels: Pixels, placement: Placement) -> Pixels:
     return resize(np.ascontiguousarray(pixels[top : top + height, left : left + width]), placement.source)
 
 
-def refuse_cover_with_geometry(fields: Mapping[str, bytes]) -> None:
-    """Refuse a sample whose travelling fields hold places in the picture, which a crop moves.
+def refuse_moved_places(fields: Mapping[str, bytes]) -> None:
+    """Refuse a sample whose travelling fields hold places in a picture that is cropped or changes its size.
 
     Such are all further images (masks, depth maps), fields and json keys at any depth named after boxes,
-    masks, segmentations, keypoints, landmarks or polygons. Raises SampleError `cover-moves-boxes`.
+    masks, segmentations, keypoints, landmarks or polygons. Raises SampleError `boxes-would-move`.
     """
     for field, data in fields.items():
         places = field if field.rpartition(".")[2] in EXTENSIONS or _names_geometry(field) else None
         if places is None and field.rpartition(".")[2] in ("json", "jsonl"):
             places = next((f"{field}: {key}" for key in _json_keys(data) if _names_geometry(key)), None)
         if places is not None:
-            detail = f"{places} tells places in the picture, which images.resize: cover would move"
-            raise SampleError("cover-moves-boxes", f"{detail}; use contain, stretch or pad, or drop the field")
+            detail = f"{places} tells places in the picture, which resizing would move"
+            fix = "use images.resize contain, stretch or pad with restore_size: true, or drop the field"
+            raise SampleError("boxes-would-move", f"{detail}; {fix}")
 
 
 def _cover_box(source: tuple[int, int], size: tuple[int, int]) -> tuple[float, float, float, float]:

@@ -196,6 +196,9 @@ def export(work: Path, out: Path) -> None:
         "threads": torch.get_num_threads(),
     }
     record["loss"] = state["curve"]
+    # diffusers leaves weights readable by their owner alone; these are to be shipped.
+    for path in out.rglob("*.safetensors"):
+        path.chmod(0o644)
     (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -49,6 +49,7 @@ class Denoiser(Protocol):
     def denoise(self, x_t: Tensor, tau: Tensor, labels: Tensor | None) -> Tensor:
         """The network's raw output, (B, C, H, W) float32.
 
-        x_t (B, C, H, W) float32, tau (B,) float64, labels (B,) int64 or None for an unconditional model.
+        x_t (B, C, H, W) float32, tau (B,) float64 on the CPU, labels (B,) int64 or None for an unconditional
+        model.
         """
         ...

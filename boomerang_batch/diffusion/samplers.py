@@ -104,7 +104,7 @@ def build_solver(
 def predicted_x0(solver: Solver, x_t: Tensor, output: Tensor, node: Tensor) -> Tensor:
     """The clean sample a network's raw output stands for, clamped if the solver says so.
 
-    x_t, output (B, C, H, W); node (B,) int64, each row's node. Returns (B, C, H, W) in x_t's dtype.
+    x_t, output (B, C, H, W); node (B,) int64 on the CPU, each row's node. Returns (B, C, H, W) in x_t's dtype.
     """
     alpha, sigma = _rows(solver.alpha, node, x_t), _rows(solver.sigma, node, x_t)
     if solver.prediction == "epsilon":

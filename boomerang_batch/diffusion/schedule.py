@@ -104,32 +104,23 @@ def grid_indices(grid: Grid, *, steps: int, train_steps: int) -> list[int]:
     """
     top = train_steps - 1
     if not isinstance(grid, str):
-        indices = [int(index) for index in grid]
-        if len(indices) != steps:
-            raise ConfigError(f"grid lists {len(indices)} train indices but steps is {steps}; make them agree")
-    elif not 1 <= steps <= train_steps:
+        return _listed(grid, steps=steps, top=top)
+    if not 1 <= steps <= train_steps:
         raise ConfigError(f"steps {steps} does not fit a chain of {train_steps}; choose 1..{train_steps}")
-    elif grid == "leading":
-        indices = [i * (train_steps // steps) for i in range(steps)]
-    elif grid == "trailing":
+    if grid == "leading":
+        return [i * (train_steps // steps) for i in range(steps)]
+    if grid == "trailing":
         # The stride as numpy.arange rounds it, so that halves fall to the side where diffusers puts them.
         stride = train_steps - (train_steps - train_steps / steps)
-        indices = [round(train_steps - k * stride) - 1 for k in reversed(range(steps))]
-    elif steps == 1:  # linspace and FastDPM's grids divide by steps - 1
-        indices = [top]
-    elif grid == "linspace":
-        indices = [round(i * (top / (steps - 1))) for i in range(steps)]
-    elif grid == "step-linear":
-        indices = [i * top // (steps - 1) for i in range(steps)]
-    else:
-        root = math.sqrt(0.8 * train_steps)
-        indices = [int((i * (root / (steps - 1))) ** 2) for i in range(steps - 1)] + [int(root**2)]
-    if not isinstance(grid, str):
-        if not indices or any(low >= high for low, high in itertools.pairwise(indices)):
-            raise ConfigError("grid lists train indices that do not ascend; sort them and drop repeats")
-        if indices[0] < 0 or indices[-1] > top:
-            raise ConfigError(f"grid lists train indices outside the chain's 0..{top}")
-    return indices
+        return [round(train_steps - k * stride) - 1 for k in reversed(range(steps))]
+    if steps == 1:  # the others divide by steps - 1
+        return [top]
+    if grid == "linspace":
+        return [round(i * (top / (steps - 1))) for i in range(steps)]
+    if grid == "step-linear":
+        return [i * top // (steps - 1) for i in range(steps)]
+    root = math.sqrt(0.8 * train_steps)
+    return [int((i * (root / (steps - 1))) ** 2) for i in range(steps - 1)] + [int(root**2)]
 
 
 def build_schedule(
@@ -173,13 +164,19 @@ def build_schedule(
         )
     tau = tau if fractional_tau else round(tau)
     below = [j for j in nodes if sigma * float(levels.alpha[j]) > float(levels.sigma[j]) * alpha * (1 + 1e-12)]
-    base = _nodes(levels, below)
-    return Schedule(
-        kind=levels.kind,
-        alpha=torch.cat([base.alpha, torch.tensor([alpha], dtype=torch.float64)]),
-        sigma=torch.cat([base.sigma, torch.tensor([sigma], dtype=torch.float64)]),
-        tau=torch.cat([base.tau, torch.tensor([tau], dtype=torch.float64)]),
-    )
+    return _nodes(levels, below, last=(alpha, sigma, tau))
+
+
+def _listed(grid: Sequence[int], *, steps: int, top: int) -> list[int]:
+    """An explicit grid, checked."""
+    indices = [int(index) for index in grid]
+    if len(indices) != steps:
+        raise ConfigError(f"grid lists {len(indices)} train indices but steps is {steps}; make them agree")
+    if not indices or any(low >= high for low, high in itertools.pairwise(indices)):
+        raise ConfigError("grid lists train indices that do not ascend; sort them and drop repeats")
+    if indices[0] < 0 or indices[-1] > top:
+        raise ConfigError(f"grid lists train indices outside the chain's 0..{top}")
+    return indices
 
 
 def _target(levels: NoiseLevels, unit: str, value: float) -> tuple[float, float, float] | None:
@@ -240,13 +237,16 @@ def _tau_at(levels: NoiseLevels, ratio: float) -> float:
     return float(torch.lerp(levels.tau[low], levels.tau[high], weight))
 
 
-def _nodes(levels: NoiseLevels, indices: Sequence[int]) -> Schedule:
-    """The clean node followed by the train indices given; a repeat would be a step to itself and is dropped."""
-    clean = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+def _nodes(
+    levels: NoiseLevels, indices: Sequence[int], last: tuple[float, float, float] | None = None
+) -> Schedule:
+    """The clean node, the train indices given, and `last` (alpha, sigma, tau) above them.
+
+    A repeated index would be a step from a level to itself, which changes nothing; it is dropped.
+    """
     chosen = torch.tensor(sorted(set(indices)), dtype=torch.long)
-    return Schedule(
-        kind=levels.kind,
-        alpha=torch.cat([clean[0:1], levels.alpha[chosen]]),
-        sigma=torch.cat([clean[1:2], levels.sigma[chosen]]),
-        tau=torch.cat([clean[2:3], levels.tau[chosen]]),
-    )
+    clean = torch.tensor([[1.0], [0.0], [0.0]], dtype=torch.float64)
+    trained = torch.stack([levels.alpha, levels.sigma, levels.tau])[:, chosen]
+    above = torch.tensor([] if last is None else [last], dtype=torch.float64).view(-1, 3).T
+    alpha, sigma, tau = torch.cat([clean, trained, above], dim=1)
+    return Schedule(kind=levels.kind, alpha=alpha, sigma=sigma, tau=tau)

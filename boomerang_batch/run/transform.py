@@ -98,11 +98,11 @@ class Transform:
             purpose=recipe.purpose,
             pseudonymize=self._naming.pseudonym,
         )
-        if policy.resize == "cover":
-            geometry.refuse_cover_with_geometry(travelling)
         picture = images.decode(image, field=image_field, channels=self._model.channels, policy=policy)
         size = (self._model.height, self._model.width)
         pixels, placement = geometry.place(picture.pixels, size=size, policy=policy.resize)
+        if placement.crops or (not policy.restore_size and placement.source != placement.model):
+            geometry.refuse_moved_places(travelling)
         values = images.to_model_values(pixels, self._model.value_range)
         return Prepared(
             source=Source(key=sample.key, offset=sample.offset),
