@@ -241,3 +241,8 @@ def _named(verb: str, url: str) -> Iterator[None]:
         raise StorageError(f"can't {verb} {url}: {error}; {extras}") from error
     except ValueError as error:  # an unknown protocol
         raise StorageError(f"can't {verb} {url}: {error}") from error
+    except Exception as error:
+        if is_local(url):
+            raise
+        # The clients of HTTP, GCS and Azure have errors of their own, with no parent in common.
+        raise StorageError(f"can't {verb} {url}: {type(error).__name__}: {error}") from error

@@ -21,10 +21,11 @@ from typing import Any
 import pytest
 import ray
 
-from boomerang_batch.data.manifest import load_manifest
+from boomerang_batch.config.pipeline import Recipe
+from boomerang_batch.data.manifest import Manifest, load_manifest
 from boomerang_batch.errors import ModelError
 from boomerang_batch.run.dispatch import RayPool
-from boomerang_batch.run.tasks import RunSpec, Task
+from boomerang_batch.run.tasks import RunSpec, ShardReport, Task
 from boomerang_batch.run.verify import verify
 from boomerang_batch.run.worker import Worker
 from tests import worlds
@@ -35,7 +36,7 @@ WorkerClass = Worker.__ray_metadata__.modified_class
 LONG = os.environ.get("BOOMERANG_CHAOS") == "long"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     """A Ray with two logical GPUs, which the pool joins because it is there."""
     os.environ["RAY_AUTH_MODE"] = "disabled"
@@ -45,11 +46,28 @@ def cluster() -> Iterator[None]:
     )  # fmt: skip
     yield
     ray.shutdown()
+    del os.environ["RAY_AUTH_MODE"]
 
 
 def actor(worker: type) -> Any:
     """A variation of the worker as an actor with the worker's own settings."""
     return ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={"work": 2, "ctl": 1})(worker)
+
+
+def run_pool(
+    out: Path, recipe: Recipe, manifest: Manifest, *, workers: int | None, worker: Any, max_attempts: int = 3
+) -> dict[str, ShardReport]:
+    """Every shard of `manifest` through a pool of `worker`s; the reports by name."""
+    out.mkdir()
+    spec = RunSpec(recipe=recipe, out=str(out), private_dir=None, device="auto", threads=1)
+    pool = RayPool(spec, address="local", workers=workers, max_attempts=max_attempts, worker=worker)
+    tasks = [Task(name=entry.stem, url=entry.url, source_stem=entry.stem) for entry in manifest.shards]
+    try:
+        pool.start()
+        reports = pool.run(tasks, stop=threading.Event(), progress=lambda name, finished: None)
+        return {report.name: report for report in reports}
+    finally:
+        pool.close()
 
 
 @pytest.mark.usefixtures("secret")
@@ -86,30 +104,12 @@ def test_two_gpus_two_actors_and_one_load_each(tmp_path: Path, tiny_model: Path,
 
     recipe = worlds.recipe(tiny_model, purpose="augment")
     manifest = load_manifest(str(worlds.save_shards(tmp_path / "in", shards=6, samples=4)))
-    out = tmp_path / "out"
-    out.mkdir()
-    spec = RunSpec(recipe=recipe, out=str(out), private_dir=None, device="auto", threads=1)
-    actors = [actor(Watched).options(num_gpus=1, num_cpus=0).remote(spec) for _ in range(2)]
-    ray.get([each.load.remote() for each in actors for _ in range(2)])
-    tasks = [Task(name=e.stem, url=e.url, source_stem=e.stem) for e in manifest.shards]
-    ray.get([actors[i % 2].run.remote(task) for i, task in enumerate(tasks)])
+    reports = run_pool(tmp_path / "out", recipe, manifest, workers=None, worker=actor(Watched))
+    assert [report.status for report in reports.values()] == ["done"] * 6
     loaded = [path.name.split("-")[1:] for path in loads.glob("load-*")]
     assert sorted(gpu for _, gpu in loaded) == ["0", "1"]
     worked = {path.name.split("-")[1] for path in loads.glob("task-*")}
     assert worked == {pid for pid, _ in loaded}
-    assert len(list(out.glob("*_stats.json"))) == 6
-
-
-def test_the_pool_pins_each_worker_to_a_gpu(tmp_path: Path, tiny_model: Path, cluster: None):
-    recipe = worlds.recipe(tiny_model, purpose="augment")
-    spec = RunSpec(recipe=recipe, out=str(tmp_path), private_dir=None, device="auto", threads=1)
-    pool = RayPool(spec, address="local", workers=None, max_attempts=3)
-    try:
-        pool.start()
-        assert [member.actor is not None for member in pool._members] == [True, True]
-        assert ray.available_resources().get("GPU", 0) == 0
-    finally:
-        pool.close()
 
 
 def test_a_model_that_can_not_load_is_one_clear_error(tmp_path: Path, tiny_model: Path, cluster: None):
@@ -133,18 +133,7 @@ def test_a_poisoned_shard_is_quarantined_and_its_neighbours_are_not(
     manifest = load_manifest(str(worlds.save_shards(tmp_path / "in", shards=5, samples=4)))
     recipe = worlds.recipe(tiny_model, purpose="augment")
     out = tmp_path / "out"
-    out.mkdir()
-    spec = RunSpec(recipe=recipe, out=str(out), private_dir=None, device="cpu", threads=1)
-    pool = RayPool(spec, address="local", workers=2, max_attempts=2, worker=actor(Poisoned))
-    tasks = [Task(name=entry.stem, url=entry.url, source_stem=entry.stem) for entry in manifest.shards]
-    try:
-        pool.start()
-        reports = {
-            report.name: report
-            for report in pool.run(tasks, stop=threading.Event(), progress=lambda name, finished: None)
-        }
-    finally:
-        pool.close()
+    reports = run_pool(out, recipe, manifest, workers=2, worker=actor(Poisoned), max_attempts=2)
     assert {name for name, report in reports.items() if report.status == "quarantined"} == {"s-002"}
     assert "after 2 attempts" in reports["s-002"].reason
     assert sorted(path.name for path in out.glob("*_stats.json")) == [

@@ -8,10 +8,14 @@ input that reaches OUT (stems, keys, digests) is a MAC under the run's secret; o
 from __future__ import annotations
 
 import hashlib
+import re
 import struct
 
 from boomerang_batch.config.pipeline import Recipe
 from boomerang_batch.diffusion.noise import noise_key, seed_material
+from boomerang_batch.errors import SampleError
+
+_VARIANT_KEY = re.compile(r"-v[0-9]+\Z")
 
 ORIGINAL = -1
 """The variant number of a kept original."""
@@ -21,6 +25,17 @@ def member_key(recipe: Recipe, row_key: str, variant: int) -> str:
     """The `__key__` under which the row (row_key, variant) stands in the output tar."""
     plain = recipe.purpose == "anonymize" or (recipe.variants == 1 and not recipe.keep_originals)
     return row_key if plain or variant == ORIGINAL else f"{row_key}-v{variant}"
+
+
+def refuse_reserved_key(recipe: Recipe, key: str) -> None:
+    """Refuse a key that looks like a variant's where originals keep theirs, for both could be one.
+
+    By its look alone, so that no other sample, here or in another shard, has a say. Raises SampleError
+    `reserved-key`.
+    """
+    if recipe.keep_originals and _VARIANT_KEY.search(key):
+        detail = f"key {key} is what a variant's would be; rename the sample, or set keep_originals: false"
+        raise SampleError("reserved-key", detail)
 
 
 class Naming:

@@ -57,7 +57,7 @@ def load_secret(private_dir: str | None) -> bytes:
         try:
             if path.stat().st_mode & 0o077:
                 raise PrivateDirError(f"{origin} can be read by others; run chmod 600 on it")
-            text = path.read_text()
+            text = path.read_text(encoding="ascii", errors="replace")
         except OSError as error:
             raise PrivateDirError(f"{origin}: {error.strerror or error}") from error
     try:

@@ -50,12 +50,17 @@ def read_record(out: str) -> RunRecord | None:
         return None
     try:
         data = json.loads(storage.read_bytes(url))
+        if not isinstance(data, dict):
+            raise TypeError("it is no JSON object")
         version = data.pop("format_version")
         if version != FORMAT_VERSION:
             raise RunMismatchError(f"{url} has format_version {version}; this release knows {FORMAT_VERSION}")
         data["shards"] = tuple(data["shards"])
         data["accepted_stacks"] = tuple(data["accepted_stacks"])
-        return RunRecord(**data)
+        record = RunRecord(**data)
+        if not all(isinstance(part, dict) for part in (record.recipe, record.stack, *record.accepted_stacks)):
+            raise TypeError("recipe and stack are no JSON objects")
+        return record
     except (ValueError, KeyError, TypeError) as error:
         raise RunMismatchError(f"{url} is not a run record ({error}); use an empty OUT") from error
 

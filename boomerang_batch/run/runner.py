@@ -14,15 +14,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 
 from boomerang_batch import storage
 from boomerang_batch.data.provenance import Marker, write_rows
-from boomerang_batch.data.shards import Unreadable, read_samples, write_shard
+from boomerang_batch.data.shards import Sample, Unreadable, read_samples, write_shard
 from boomerang_batch.diffusion.engine import Draw
-from boomerang_batch.errors import SampleError, StoppedError
+from boomerang_batch.errors import SampleError, ShardError, StoppedError, StorageError
 from boomerang_batch.run.commit import commit, digest_file, read_marker
 from boomerang_batch.run.ledger import Ledger
 from boomerang_batch.run.links import write_links
@@ -68,20 +67,27 @@ class Runner:
             return ShardReport(name=task.name, status="there", counts=there.counts)
         # OpenMP keeps the thread count per calling thread, and Ray starts actors with one.
         torch.set_num_threads(self._spec.threads)
-        with tempfile.TemporaryDirectory(prefix="boomerang-") as folder:
-            scratch = Path(folder)
-            by_pseudonym = self._spec.recipe.purpose == "anonymize"
-            with Ledger(scratch / "spool", by_pseudonym=by_pseudonym) as ledger:
-                self._fill(ledger, task, stop, progress)
-                counts = self._commit(ledger, task, scratch)
+        try:
+            with tempfile.TemporaryDirectory(prefix="boomerang-") as folder:
+                counts = self._run(task, Path(folder), stop, progress)
+        except OSError as error:
+            # Neither the shard (a ShardError) nor OUT (a StorageError): what is left is the scratch disk.
+            raise StorageError(
+                f"can't build shard {task.name} in {tempfile.gettempdir()}: {error.strerror or error}; "
+                "set TMPDIR to a folder with room for it"
+            ) from error
         return ShardReport(
             name=task.name, status="done", counts=counts, seconds=round(time.monotonic() - started, 3)
         )
 
-    def _fill(self, ledger: Ledger, task: Task, stop: threading.Event, progress: Callable[[int], None]) -> None:
+    def _run(
+        self, task: Task, scratch: Path, stop: threading.Event, progress: Callable[[int], None]
+    ) -> dict[str, int]:
+        """Draw everything into a ledger, then commit it."""
+        by_pseudonym = self._spec.recipe.purpose == "anonymize"
         finished = 0
-        with storage.open_read(task.url) as stream:
-            for draw, x_0 in self._engine.run(self._draws(ledger, stream, task, stop)):
+        with Ledger(scratch / "spool", by_pseudonym=by_pseudonym) as ledger:
+            for draw, x_0 in self._engine.run(self._draws(ledger, task, stop)):
                 prepared, variant = draw.tag
                 try:
                     with _sample_boundary():
@@ -92,11 +98,12 @@ class Runner:
                     ledger.add(prepared.source, output.row, output.member_key, output.fields)
                 finished += 1
                 progress(finished)
+            return self._commit(ledger, task, scratch)
 
-    def _draws(self, ledger: Ledger, stream: BinaryIO, task: Task, stop: threading.Event) -> Iterator[Draw]:
+    def _draws(self, ledger: Ledger, task: Task, stop: threading.Event) -> Iterator[Draw]:
         """Read and prepare samples as the engine asks for them; what can't be prepared goes to the ledger."""
         shard = task.source_stem
-        for item in read_samples(stream, shard=task.url):
+        for item in _read(task.url):
             if stop.is_set():
                 raise StoppedError(f"stopped within shard {task.name}; run the same command to resume")
             if isinstance(item, Unreadable):
@@ -134,6 +141,17 @@ class Runner:
         )
         commit(self._spec.out, marker, tar=tar, provenance=provenance)
         return counts
+
+
+def _read(url: str) -> Iterator[Sample | Unreadable]:
+    """A shard's samples. Whatever goes wrong with reading is this shard's misfortune, not the run's."""
+    try:
+        with storage.open_read(url) as stream:
+            yield from read_samples(stream, shard=url)
+    except StorageError as error:
+        raise ShardError(str(error)) from error
+    except OSError as error:
+        raise ShardError(f"{url}: reading broke off: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """What a run tells while it runs: a progress bar on a terminal, one JSON line every few seconds otherwise.
 
-Both go to stderr. Names are the output's (pseudonyms under anonymize), so a log gives nothing away. The same
-events are kept and published under OUT/logs when the run ends.
+Both go to stderr. Events are kept and published under OUT/logs when the run ends; so they name outputs only
+(pseudonyms under anonymize) and never quote a reason, which might quote an input.
 """
 
 from __future__ import annotations
@@ -68,8 +68,6 @@ class Telemetry:
         self.event(
             "shard", name=report.name, status=report.status, counts=dict(report.counts), seconds=report.seconds
         )
-        if report.reason:
-            self.event("problem", name=report.name, reason=report.reason)
         self._show(force=report.status == "quarantined")
 
     def event(self, kind: str, **facts: Any) -> None:

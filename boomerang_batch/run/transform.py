@@ -25,7 +25,7 @@ from boomerang_batch.diffusion.guards import check_output
 from boomerang_batch.diffusion.schedule import Schedule
 from boomerang_batch.errors import SampleError
 from boomerang_batch.run.ledger import Source
-from boomerang_batch.run.naming import ORIGINAL, Naming, member_key
+from boomerang_batch.run.naming import ORIGINAL, Naming, member_key, refuse_reserved_key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +89,7 @@ class Transform:
     def prepare(self, sample: Sample, *, shard: str) -> Prepared:
         """Decode, place and name one sample. Raises SampleError."""
         recipe, policy = self._recipe, self._recipe.images
+        refuse_reserved_key(recipe, sample.key)
         image_field = fields.image_field(sample, policy)
         image = sample.fields[image_field]
         travelling = fields.travelling(

@@ -17,7 +17,7 @@ from boomerang_batch.config.pipeline import Recipe
 from boomerang_batch.data import images
 from boomerang_batch.data.provenance import Marker, Row, pixel_digest, read_rows
 from boomerang_batch.data.shards import Unreadable, read_samples
-from boomerang_batch.errors import SampleError, StorageError
+from boomerang_batch.errors import SampleError, StorageError, VerificationError
 from boomerang_batch.run.commit import (
     MARKER_SUFFIX,
     PROVENANCE_SUFFIX,
@@ -59,7 +59,7 @@ def verify(out: str, *, deep: bool) -> Verification:
             problems += _check_shard(out, stem, marker, recipe, deep=deep)
             repeated = registry.add(out, stem) if recipe.identity == "key" else None
             problems += [repeated] if repeated else []
-        except StorageError as error:
+        except (StorageError, VerificationError) as error:
             problems.append(f"shard {stem}: {error}")
     return Verification(shards=done, rows=dict(sorted(rows.items())), problems=tuple(problems))
 
