@@ -113,7 +113,7 @@ def read_rows(source: Path | str | BinaryIO) -> list[Row]:
     try:
         with pq.ParquetFile(source) as file:
             table = file.read()
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+    except (pa.ArrowException, OSError) as error:  # damaged pages come as OSError
         raise VerificationError(f"{_named(source)} is not a provenance file: {error}") from error
     metadata = table.schema.metadata or {}
     version = metadata.get(b"format_version", b"no").decode()

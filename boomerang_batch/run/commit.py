@@ -49,9 +49,13 @@ def digest_file(path: Path) -> FileDigest:
 
 
 def read_marker(out: str, name: str) -> Marker | None:
-    """The marker of shard `name`, or None when the shard is not done (an unparsable marker is none)."""
+    """The marker of shard `name`, or None when the shard is not done.
+
+    One that can't be parsed, or tells of another shard, is none.
+    """
     url = storage.join(out, name + MARKER_SUFFIX)
-    return Marker.from_bytes(storage.read_bytes(url)) if storage.exists(url) else None
+    marker = Marker.from_bytes(storage.read_bytes(url)) if storage.exists(url) else None
+    return marker if marker is not None and marker.stem == name else None
 
 
 def commit(out: str, marker: Marker, *, tar: Path, provenance: Path) -> None:

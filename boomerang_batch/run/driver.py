@@ -21,7 +21,7 @@ from typing import Protocol
 from boomerang_batch import storage
 from boomerang_batch.config.pipeline import Recipe
 from boomerang_batch.data.manifest import Manifest
-from boomerang_batch.errors import ManifestError, PrivateDirError
+from boomerang_batch.errors import ManifestError, PrivateDirError, StorageError
 from boomerang_batch.run.commit import MARKER_SUFFIX, read_marker
 from boomerang_batch.run.keys import KeyRegistry
 from boomerang_batch.run.naming import Naming
@@ -90,30 +90,39 @@ def execute(request: RunRequest, *, stop: threading.Event) -> RunReport:
         threads=request.threads or (int(there.stack["threads"]) if there else os.cpu_count() or 1),
     )
     pool = _pool(spec, request)
-    reports: dict[str, ShardReport] = {}
+    try:
+        facts = pool.start()
+        open_record(
+            out,
+            _record(request, naming, tasks, facts),
+            extend=request.extend,
+            accept_stack=request.accept_stack,
+        )
+        reports = _work(request, pool, tasks, stop)
+    finally:
+        pool.close()
+        storage.sweep(out)
+    return _close(request, naming, tasks, reports, stop, time.monotonic() - started)
+
+
+def _work(
+    request: RunRequest, pool: Pool, tasks: Sequence[Task], stop: threading.Event
+) -> dict[str, ShardReport]:
+    """Have everything done that storage does not say is done; the reports by name."""
+    out, reports, registry = request.out, {}, KeyRegistry()
+    done, todo = _split(out, tasks)
     with Telemetry(shards=len(tasks), quiet=request.quiet) as telemetry:
         try:
-            facts = pool.start()
-            record = open_record(
-                out,
-                _record(request, naming, tasks, facts),
-                extend=request.extend,
-                accept_stack=request.accept_stack,
-            )
-            registry = KeyRegistry()
-            done, todo = _split(out, tasks)
             for report in itertools.chain(done, pool.run(todo, stop=stop, progress=telemetry.images_in_flight)):
                 reports[report.name] = report
                 telemetry.shard(report)
-                if report.status in ("done", "there") and recipe.identity == "key":
+                if report.status in ("done", "there") and request.recipe.identity == "key":
                     repeated = registry.add(out, report.name)
                     if repeated:
                         raise ManifestError(f"{request.manifest.name}: {repeated}")
         finally:
-            pool.close()
-            storage.sweep(out)
             _publish_log(out, telemetry)
-    return _close(request, naming, tasks, record, reports, stop, time.monotonic() - started)
+    return reports
 
 
 def _naming(request: RunRequest) -> Naming:
@@ -179,22 +188,25 @@ def _split(out: str, tasks: Sequence[Task]) -> tuple[list[ShardReport], list[Tas
 
 
 def _publish_log(out: str, telemetry: Telemetry) -> None:
+    """Keep the events under OUT/logs. A run that fails for want of space must not fail over its log too."""
     folder = storage.join(out, "logs")
-    storage.make_folder(folder)
     stamp = dt.datetime.now(dt.UTC).strftime("%Y%m%dT%H%M%S.%fZ")
-    storage.publish_bytes(telemetry.log(), storage.join(folder, f"{stamp}.jsonl"))
+    try:
+        storage.make_folder(folder)
+        storage.publish_bytes(telemetry.log(), storage.join(folder, f"{stamp}.jsonl"))
+    except StorageError as error:
+        _log.warning("the run's log is lost: %s", error)
 
 
 def _close(
     request: RunRequest,
     naming: Naming,
     tasks: Sequence[Task],
-    record: RunRecord,
     reports: dict[str, ShardReport],
     stop: threading.Event,
     seconds: float,
 ) -> RunReport:
-    """Count what storage holds now; when nothing is left to do, look for repeated keys and draw the sheets."""
+    """Count what storage holds now; when nothing is left to do, draw the contact sheets."""
     done, left = _split(request.out, tasks)
     rows: Counter[str] = Counter()
     for report in done:

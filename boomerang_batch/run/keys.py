@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from boomerang_batch import storage
+from boomerang_batch.errors import VerificationError
 from boomerang_batch.run.commit import PROVENANCE_SUFFIX
 
 
@@ -21,9 +23,16 @@ class KeyRegistry:
         self._shards: dict[bytes, str] = {}
 
     def add(self, out: str, stem: str) -> str | None:
-        """Add a committed shard's keys; the first that another shard has, in a sentence, or None."""
-        with storage.open_read(storage.join(out, stem + PROVENANCE_SUFFIX)) as stream:
-            keys = pq.read_table(stream, columns=["key"]).column("key").unique().to_pylist()
+        """Add a committed shard's keys; the first that another shard has, in a sentence, or None.
+
+        Raises VerificationError when its provenance can't be read.
+        """
+        url = storage.join(out, stem + PROVENANCE_SUFFIX)
+        try:
+            with storage.open_read(url) as stream:
+                keys = pq.read_table(stream, columns=["key"]).column("key").unique().to_pylist()
+        except (pa.ArrowException, OSError) as error:
+            raise VerificationError(f"{url} is not a provenance file: {error}") from error
         for key in keys:
             if key is None:
                 continue

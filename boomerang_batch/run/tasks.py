@@ -64,8 +64,8 @@ class RunReport:
 
     @property
     def exit_code(self) -> int:
-        """0 all done, 3 with quarantined samples or shards, 75 stopped and resumable."""
-        if self.stopped:
-            return 75
+        """0 all done, 1 something is left undone, 3 something was quarantined, 75 stopped and resumable."""
+        if self.shards.get("left"):
+            return 75 if self.stopped else 1
         bad_rows = sum(count for status, count in self.rows.items() if status not in ("ok", "original"))
         return 3 if bad_rows or self.shards.get("quarantined") else 0

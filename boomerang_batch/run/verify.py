@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from pydantic import ValidationError
+
 from boomerang_batch import storage
 from boomerang_batch.config.pipeline import Recipe
 from boomerang_batch.data import images
@@ -42,7 +44,11 @@ class Verification:
 def verify(out: str, *, deep: bool) -> Verification:
     """Check a run's output. Raises VerificationError when `out` is not one."""
     record = require_record(out)
-    recipe = Recipe.model_validate_json(json.dumps({"name": record.name, **record.recipe}))
+    try:
+        recipe = Recipe.model_validate_json(json.dumps({"name": record.name, **record.recipe}))
+    except ValidationError as error:
+        detail = "run.json holds no recipe that this release knows; use the release that wrote it"
+        raise VerificationError(f"{out}: {detail}") from error
     problems = list(_strangers(out, record))
     rows: Counter[str] = Counter()
     done, registry = 0, KeyRegistry()
