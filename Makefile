@@ -7,6 +7,9 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 SOURCES := boomerang_batch tests benchmarks
 
+# Without cached bytecode every process that imports torch and diffusers spends 20 s compiling it anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help .venv demo test check lint format types docs build clean
 

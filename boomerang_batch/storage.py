@@ -44,6 +44,14 @@ def join(base: str, *names: str) -> str:
     return root + "/".join(names)
 
 
+def lies_in(url: str, folder: str) -> bool:
+    """Whether `url` is below `folder`, by its name or by what its links lead to."""
+    if is_local(url) and is_local(folder):
+        path, root = local_path(url), local_path(folder).resolve()
+        return any(place.is_relative_to(root) for place in (path.parent.resolve(), path.resolve()))
+    return url.startswith(join(folder, ""))
+
+
 def exists(url: str) -> bool:
     """Whether an object or folder is there now (never answered from a listing cache)."""
     with _named("look for", url):

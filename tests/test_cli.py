@@ -122,18 +122,17 @@ def test_the_shipped_demo_anonymizes_and_augments(tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("address", ["inline", "local"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("address", "number"), [("inline", signal.SIGTERM), ("local", signal.SIGINT)])
 def test_a_signal_ends_at_a_batch_boundary_and_the_run_resumes(
     tmp_path: Path, pipeline: Path, address: str, number: signal.Signals
 ):
     manifest = worlds.save_shards(tmp_path / "in", shards=6, samples=8)
     calm, out = tmp_path / "calm", tmp_path / "out"
     slow = ["--set", "t.fraction=1.0", "--set", "steps=20", "--set", "batch_size=2", "--threads", "1"]
-    command = [*COMMAND, "run", str(pipeline), str(manifest)]
-    assert subprocess.run([*command, str(calm), *slow], capture_output=True).returncode == 0
+    assert call("run", pipeline, manifest, calm, *slow).exit_code == 0
 
-    run = subprocess.Popen([*command, str(out), *slow, "--address", address], stderr=subprocess.PIPE)
+    command = [*COMMAND, "run", str(pipeline), str(manifest), str(out), *slow, "--address", address]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE)
     while run.poll() is None and not list(out.glob("*_stats.json")):
         time.sleep(0.02)
     run.send_signal(number)
@@ -143,7 +142,5 @@ def test_a_signal_ends_at_a_batch_boundary_and_the_run_resumes(
     assert 1 <= len(list(out.glob("*_stats.json"))) < 6
     assert verify(str(out), deep=True).problems != ()
 
-    assert (
-        subprocess.run([*command, str(out), *slow, "--address", address], capture_output=True).returncode == 0
-    )
+    assert call("run", pipeline, manifest, out, *slow).exit_code == 0
     assert worlds.tree(out) == worlds.tree(calm)

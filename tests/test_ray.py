@@ -63,7 +63,7 @@ def run_pool(
     pool = RayPool(spec, address="local", workers=workers, max_attempts=max_attempts, worker=worker)
     tasks = [Task(name=entry.stem, url=entry.url, source_stem=entry.stem) for entry in manifest.shards]
     try:
-        pool.start()
+        pool.start(stop=threading.Event())
         reports = pool.run(tasks, stop=threading.Event(), progress=lambda name, finished: None)
         return {report.name: report for report in reports}
     finally:

@@ -13,7 +13,7 @@ import pytest
 
 from boomerang_batch.data.manifest import load_manifest
 from boomerang_batch.data.provenance import read_rows
-from boomerang_batch.errors import ManifestError, PrivateDirError, RunMismatchError
+from boomerang_batch.errors import ConfigError, ManifestError, PrivateDirError, RunMismatchError
 from boomerang_batch.run.private import load_secret
 from boomerang_batch.run.runner import Runner
 from boomerang_batch.run.verify import verify
@@ -229,3 +229,17 @@ def test_links_lead_back_from_every_output(tmp_path: Path, tiny_model: Path, man
     outputs = {key for stem in out.glob("*.tar") for key, _ in worlds.read_output(out, stem.stem)}
     assert found.keys() == outputs
     assert sorted(found.values()) == [(f"s-{number // 5:03d}.tar", f"img{number:05d}") for number in range(15)]
+
+
+def test_a_private_dir_serves_one_run(tmp_path: Path, tiny_model: Path, manifest: Path):
+    private = str(tmp_path / "private")
+    worlds.run(worlds.recipe(tiny_model), manifest, tmp_path / "a", private_dir=private)
+    with pytest.raises(RunMismatchError, match=r"private holds another run: recipe steps"):
+        worlds.run(worlds.recipe(tiny_model, "steps=7"), manifest, tmp_path / "b", private_dir=private)
+    assert not (tmp_path / "b" / "run.json").exists()
+
+
+@pytest.mark.parametrize("t", ["t.fraction=0.0", "t.timestep=0", "t.sigma=0.0"])
+def test_anonymize_refuses_to_publish_the_input(tmp_path: Path, tiny_model: Path, manifest: Path, t: str):
+    with pytest.raises(ConfigError, match="0 evaluations"):
+        worlds.run(worlds.recipe(tiny_model, t), manifest, tmp_path / "out")

@@ -173,6 +173,10 @@ class Recipe(_Block):
             )
         if self.purpose == "anonymize" and self.fields.default == "keep":
             raise ValueError("fields.default keep would publish whatever comes along; list what may travel")
+        if self.purpose == "anonymize" and self.images.alpha == "keep":
+            raise ValueError(
+                "images.alpha keep would publish the source's own alpha channel; flatten or refuse"
+            )
         if self.purpose == "anonymize" and self.keep_originals:
             raise ValueError("keep_originals would publish what purpose anonymize is to hide")
         if self.purpose != "anonymize" and self.seed is None:

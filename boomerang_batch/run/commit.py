@@ -62,24 +62,33 @@ def commit(out: str, marker: Marker, *, tar: Path, provenance: Path) -> None:
     """Publish one shard. Raises StorageError when what is in storage is not what was meant.
 
     A marker that is there already is read back: the same one means that another attempt of the same shard
-    came first with the same bytes, and all is well.
+    came first with the same bytes, and all is well. One that tells of other bytes is an error, and looked for
+    before anything is replaced, so that it goes on telling the truth.
     """
     name = marker.stem
+    if _is_committed(out, marker):
+        return
     _publish_checked(tar, storage.join(out, name + TAR_SUFFIX), marker.tar_sha256)
     _publish_checked(provenance, storage.join(out, name + PROVENANCE_SUFFIX), marker.parquet_sha256)
     url = storage.join(out, name + MARKER_SUFFIX)
     try:
         storage.create_only(url, marker.to_bytes())
     except ObjectExistsError:
-        there = read_marker(out, name)
-        if there is None:
+        if not _is_committed(out, marker):
             _log.warning("%s was there but unreadable; replaced", url)
             storage.publish_bytes(marker.to_bytes(), url)
-        elif there != marker:
-            raise StorageError(
-                f"{url} is there already and tells of other bytes than this run made; two runs that should "
-                "agree do not: check that OUT is used by one run at a time and verify it"
-            ) from None
+
+
+def _is_committed(out: str, marker: Marker) -> bool:
+    """Whether OUT has this very marker. Raises StorageError when it has another for the same shard."""
+    there = read_marker(out, marker.stem)
+    if there is not None and there != marker:
+        url = storage.join(out, marker.stem + MARKER_SUFFIX)
+        raise StorageError(
+            f"{url} is there already and tells of other bytes than this run made; two runs that should "
+            "agree do not: check that OUT is used by one run at a time and verify it"
+        )
+    return there is not None
 
 
 def _publish_checked(source: Path, url: str, sha256: str) -> None:

@@ -70,8 +70,12 @@ class RayPool:
         self._attempts: Counter[str] = Counter()
         self._furthest: dict[str, int] = {}
 
-    def start(self) -> WorkerFacts:
-        """Connect, ask for every worker, and wait until the first has loaded the model."""
+    def start(self, *, stop: threading.Event) -> WorkerFacts:
+        """Connect, ask for every worker, and wait until the first has loaded the model.
+
+        Workers that find no GPU free wait for one, so this may take long. Raises StoppedError when `stop` is
+        set meanwhile.
+        """
         self._connect()
         gpus = int(ray.cluster_resources().get("GPU", 0)) if self._spec.device != "cpu" else 0
         wanted = self._workers or max(gpus, 1)
@@ -82,7 +86,9 @@ class RayPool:
         for _ in range(wanted):
             self._hire()
         while self._facts is None:
-            ready, _ = ray.wait([member.loading for member in self._members], timeout=None)
+            if stop.is_set():
+                raise StoppedError("stopped before any worker was ready; run the same command to begin again")
+            ready, _ = ray.wait([member.loading for member in self._members], timeout=_POLL_S)
             for member in [member for member in self._members if member.loading in ready]:
                 self._welcome(member)
         return self._facts
@@ -93,11 +99,10 @@ class RayPool:
         """Do `tasks`, in any order, until `stop` is set and the workers have come to a batch boundary."""
         self._queue.extend(tasks)
         stopping = False
-        while self._queue or self._solo or any(member.tasks for member in self._members):
+        # What is queued when a stop comes, or comes back from a dead worker later, is left undone.
+        while any(member.tasks for member in self._members) or (not stopping and (self._queue or self._solo)):
             if stop.is_set() and not stopping:
                 stopping = True
-                self._queue.clear()
-                self._solo.clear()
                 for member in self._members:
                     member.actor.stop.remote()
             if not stopping:
@@ -107,10 +112,8 @@ class RayPool:
 
     def close(self) -> None:
         """End the workers, and Ray where it is ours."""
-        for member in self._members:
-            with contextlib.suppress(Exception):  # a dead worker can't be killed again
-                ray.kill(member.actor)
-        self._members.clear()
+        for member in list(self._members):
+            self._dismiss(member)
         if self._owns_ray:
             ray.shutdown()
 
@@ -140,16 +143,18 @@ class RayPool:
     def _welcome(self, member: _Member) -> None:
         """A worker has answered its `load` call: it is ready, or dead, or what it loads is bad."""
         try:
-            facts: WorkerFacts = ray.get(member.loading)
+            facts: WorkerFacts = _answer(member.loading)
         except _DEATHS as error:
+            self._dismiss(member)
             self._load_deaths += 1
-            if self._load_deaths >= _LOAD_DEATHS_ALLOWED:
-                raise BoomerangError(
-                    f"{self._load_deaths} workers in a row died while loading the model; is memory short? "
-                    f"({_first_line(error)})"
-                ) from error
-            self._members.remove(member)
-            self._hire()
+            told = f"{self._load_deaths} worker(s) in a row died while loading the model; is memory short?"
+            if self._load_deaths < _LOAD_DEATHS_ALLOWED:
+                self._hire()
+            elif self._members:
+                # One bad machine must not end what the others can do.
+                _log.warning("%s Going on with %d worker(s)", told, len(self._members))
+            else:
+                raise BoomerangError(f"{told} ({_first_line(error)})") from error
             return
         self._load_deaths = 0
         if self._facts is not None and facts != self._facts:
@@ -169,6 +174,12 @@ class RayPool:
             while self._queue and not member.alone and len(member.tasks) < DEPTH and not self._solo:
                 self._give(member, self._queue.popleft(), alone=False)
 
+    def _dismiss(self, member: _Member) -> None:
+        """Let a worker go. One that seems dead is killed too: it may only be out of reach, and hold its GPU."""
+        self._members.remove(member)
+        with contextlib.suppress(Exception):  # the dead can't be killed again
+            ray.kill(member.actor)
+
     def _give(self, member: _Member, task: Task, *, alone: bool) -> None:
         member.alone = alone
         member.tasks[member.actor.run.remote(task)] = task
@@ -177,6 +188,8 @@ class RayPool:
         """Wait a moment for answers and act on them."""
         pending = [reference for member in self._members for reference in member.tasks]
         pending += [member.loading for member in self._members if member.loading is not None and not stopping]
+        if not pending:
+            return
         ready, _ = ray.wait(pending, num_returns=1, timeout=_POLL_S)
         for reference in ready:
             member = next(m for m in self._members if reference in m.tasks or reference == m.loading)
@@ -185,31 +198,31 @@ class RayPool:
                 continue
             task = member.tasks[reference]
             try:
-                report: ShardReport = ray.get(reference)
+                report: ShardReport = _answer(reference)
             except _DEATHS as error:
-                yield from self._bury(member, error, hire=not stopping)
+                yield from self._bury(member, f"its worker died: {_first_line(error)}", hire=not stopping)
                 continue
             except StoppedError as error:
                 report = ShardReport(name=task.name, status="stopped", reason=str(error))
             except ShardError as error:
                 report = ShardReport(name=task.name, status="quarantined", reason=str(error))
-            except BoomerangError:
-                raise
             except RayTaskError as error:
                 _log.error("task %s failed unexpectedly", task.name, exc_info=error)
-                del member.tasks[reference]
-                member.alone = False
-                yield from self._blame(task, f"unforeseen error: {_first_line(error.cause)}")
+                # A worker may be broken for good by now, as CUDA errors break a process, and would fail every
+                # further task at once: it is replaced as if it had died.
+                yield from self._bury(
+                    member, f"unforeseen error: {_first_line(error.cause)}", hire=not stopping
+                )
                 continue
             del member.tasks[reference]
             member.alone = False
             yield report
 
-    def _bury(self, member: _Member, error: Exception, *, hire: bool) -> Iterator[ShardReport]:
-        """A worker is dead: sort out what it leaves and hire another."""
-        self._members.remove(member)
+    def _bury(self, member: _Member, why: str, *, hire: bool) -> Iterator[ShardReport]:
+        """A worker is lost: sort out what it leaves and hire another."""
+        self._dismiss(member)
         victims = list(member.tasks.values())
-        _log.warning("a worker died with %d task(s) in flight: %s", len(victims), _first_line(error))
+        _log.warning("a worker is lost with %d task(s) in flight; %s", len(victims), why)
         for task in victims:
             there = read_marker(self._spec.out, task.name)
             got = member.finished.get(task.name, 0)
@@ -219,7 +232,7 @@ class RayPool:
                 self._furthest[task.name] = max(got, self._furthest.get(task.name, 0))
                 self._solo.append(task)
             else:
-                yield from self._blame(task, f"its worker died: {_first_line(error)}")
+                yield from self._blame(task, why)
         if hire:
             self._hire()
 
@@ -241,9 +254,20 @@ class RayPool:
             elif ray.wait([member.asked], timeout=0)[0]:
                 with contextlib.suppress(*_DEATHS):  # its tasks' references will tell
                     member.finished = ray.get(member.asked)
-                    for name, finished in member.finished.items():
-                        progress(name, finished)
+                    for task in member.tasks.values():
+                        if task.name in member.finished:
+                            progress(task.name, member.finished[task.name])
                 member.asked = None
+
+
+def _answer(reference: Any) -> Any:
+    """What a call returned. An error of ours comes as it was raised, not with Ray's traceback for its words."""
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        if isinstance(error.cause, BoomerangError):
+            raise error.cause from None
+        raise
 
 
 def _first_line(error: BaseException) -> str:

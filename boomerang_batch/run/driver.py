@@ -26,7 +26,7 @@ from boomerang_batch.run.commit import MARKER_SUFFIX, read_marker
 from boomerang_batch.run.keys import KeyRegistry
 from boomerang_batch.run.naming import Naming
 from boomerang_batch.run.private import SECRET_VARIABLE, load_secret, prepare_private_dir
-from boomerang_batch.run.record import RunRecord, open_record, read_record
+from boomerang_batch.run.record import LOGS_NAME, RunRecord, open_record, read_record
 from boomerang_batch.run.sheet import publish_sheets
 from boomerang_batch.run.tasks import RunReport, RunSpec, ShardReport, Task, WorkerFacts
 from boomerang_batch.run.telemetry import Telemetry
@@ -37,8 +37,8 @@ _log = logging.getLogger(__name__)
 class Pool(Protocol):
     """Who does the tasks."""
 
-    def start(self) -> WorkerFacts:
-        """Get ready to work; returns what every worker found alike."""
+    def start(self, *, stop: threading.Event) -> WorkerFacts:
+        """Get ready to work; returns what every worker found alike. A `stop` may end it with StoppedError."""
         ...
 
     def run(
@@ -78,9 +78,9 @@ def execute(request: RunRequest, *, stop: threading.Event) -> RunReport:
     started = time.monotonic()
     recipe, out = request.recipe, request.out
     naming = _naming(request)
+    tasks = _plan(request, naming)
     storage.make_folder(out)
     storage.sweep(out)
-    tasks = _plan(request, naming)
     there = read_record(out)
     spec = RunSpec(
         recipe=recipe,
@@ -91,18 +91,21 @@ def execute(request: RunRequest, *, stop: threading.Event) -> RunReport:
     )
     pool = _pool(spec, request)
     try:
-        facts = pool.start()
-        open_record(
-            out,
-            _record(request, naming, tasks, facts),
-            extend=request.extend,
-            accept_stack=request.accept_stack,
-        )
+        facts = pool.start(stop=stop)
+        record = _record(request, naming, tasks, facts)
+        for home in _homes(request):
+            open_record(home, record, extend=request.extend, accept_stack=request.accept_stack)
         reports = _work(request, pool, tasks, stop)
     finally:
         pool.close()
         storage.sweep(out)
     return _close(request, naming, tasks, reports, stop, time.monotonic() - started)
+
+
+def _homes(request: RunRequest) -> list[str]:
+    """Where the run's record stands: OUT, and the private dir, whose links must not mix with another run's."""
+    private = request.recipe.purpose == "anonymize" and request.private_dir
+    return [*([private] if private else []), request.out]
 
 
 def _work(
@@ -141,6 +144,12 @@ def _plan(request: RunRequest, naming: Naming) -> list[Task]:
     entries = request.manifest.shards[: request.limit]
     if not entries:
         raise ManifestError(f"manifest {request.manifest.name} lists no shards")
+    for entry in entries:
+        if storage.lies_in(entry.url, request.out):
+            raise ManifestError(
+                f"{entry.url} lies in OUT ({request.out}) and would be overwritten or published; "
+                "choose another OUT"
+            )
     return [Task(name=naming.stem(entry.stem), url=entry.url, source_stem=entry.stem) for entry in entries]
 
 
@@ -189,7 +198,7 @@ def _split(out: str, tasks: Sequence[Task]) -> tuple[list[ShardReport], list[Tas
 
 def _publish_log(out: str, telemetry: Telemetry) -> None:
     """Keep the events under OUT/logs. A run that fails for want of space must not fail over its log too."""
-    folder = storage.join(out, "logs")
+    folder = storage.join(out, LOGS_NAME)
     stamp = dt.datetime.now(dt.UTC).strftime("%Y%m%dT%H%M%S.%fZ")
     try:
         storage.make_folder(folder)

@@ -18,8 +18,8 @@ class InlinePool:
         self._spec = spec
         self._runner: Runner | None = None
 
-    def start(self) -> WorkerFacts:
-        """Load the model."""
+    def start(self, *, stop: threading.Event) -> WorkerFacts:
+        """Load the model, which nothing interrupts."""
         self._runner = Runner(self._spec)
         return self._runner.facts
 

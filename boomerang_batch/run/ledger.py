@@ -7,6 +7,7 @@ a shard's size never bounds a worker's memory. In the end the ledger gives rows 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,7 +39,8 @@ class Ledger:
     def __init__(self, spool: Path, *, by_pseudonym: bool) -> None:
         self._spool = spool.open("w+b")
         self._by_pseudonym = by_pseudonym
-        self._entries: dict[tuple[str | None, int, int], _Entry] = {}
+        self._entries: dict[str | None, dict[tuple[int, int], _Entry]] = defaultdict(dict)
+        """By key, then by offset and variant."""
         self._withdrawn: set[str] = set()
 
     def __enter__(self) -> Ledger:
@@ -59,19 +61,19 @@ class Ledger:
             places[name] = (self._spool.tell(), len(data))
             self._spool.write(data)
         entry = _Entry(source=source, row=row, member_key=member_key, places=places)
-        self._entries[source.key, source.offset, row.variant] = entry
+        self._entries[source.key][source.offset, row.variant] = entry
 
     def refuse(self, source: Source, row: Row) -> None:
         """Record a variant that failed."""
         if source.key not in self._withdrawn:
-            self._entries[source.key, source.offset, row.variant] = _Entry(source=source, row=row)
+            self._entries[source.key][source.offset, row.variant] = _Entry(source=source, row=row)
 
     def withdraw(self, source: Source, row: Row) -> None:
         """Record bytes that could not be read. If they name a key, whatever that key had given is void."""
         if source.key is not None:
-            self._entries = {place: entry for place, entry in self._entries.items() if place[0] != source.key}
+            self._entries.pop(source.key, None)
             self._withdrawn.add(source.key)
-        self._entries[source.key, source.offset, row.variant] = _Entry(source=source, row=row)
+        self._entries[source.key][source.offset, row.variant] = _Entry(source=source, row=row)
 
     def rows(self) -> list[tuple[Source, Row]]:
         """Every row in the output's order, with where it came from."""
@@ -88,10 +90,16 @@ class Ledger:
         return self._spool.read(size)
 
     def _ordered(self) -> list[_Entry]:
-        entries = list(self._entries.values())
+        entries = [entry for of_key in self._entries.values() for entry in of_key.values()]
         if self._by_pseudonym:
             # The input's order would link back; pseudonyms carry nothing.
             return sorted(
-                entries, key=lambda entry: (entry.row.key is None, entry.row.key or "", entry.source.offset)
+                entries,
+                key=lambda entry: (
+                    entry.row.key is None,
+                    entry.row.key or "",
+                    entry.source.offset,
+                    entry.row.variant,
+                ),
             )
         return sorted(entries, key=lambda entry: (entry.source.offset, entry.row.variant))

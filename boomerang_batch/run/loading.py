@@ -7,6 +7,7 @@ from boomerang_batch.diffusion.denoiser import DenoiserSpec
 from boomerang_batch.diffusion.engine import Engine
 from boomerang_batch.diffusion.samplers import Solver, build_solver
 from boomerang_batch.diffusion.schedule import Schedule, build_schedule
+from boomerang_batch.errors import ConfigError
 from boomerang_batch.models import load_denoiser
 from boomerang_batch.models.device import choose_device
 
@@ -25,8 +26,8 @@ def load_engine(recipe: Recipe, *, device: str, threads: int) -> Engine:
 
 
 def recipe_schedule(recipe: Recipe, model: DenoiserSpec) -> Schedule:
-    """The nodes the recipe walks on this model's chain."""
-    return build_schedule(
+    """The nodes the recipe walks on this model's chain. Raises ConfigError for a t that has no meaning here."""
+    schedule = build_schedule(
         model.levels,
         grid=recipe.grid,
         steps=recipe.steps,
@@ -34,6 +35,9 @@ def recipe_schedule(recipe: Recipe, model: DenoiserSpec) -> Schedule:
         start=recipe.start,
         fractional_tau=model.fractional_tau,
     )
+    if recipe.purpose == "anonymize" and schedule.n == 0:
+        raise ConfigError("t comes to 0 evaluations, which gives back the input: nothing would be anonymized")
+    return schedule
 
 
 def recipe_solver(recipe: Recipe, model: DenoiserSpec, schedule: Schedule) -> Solver:

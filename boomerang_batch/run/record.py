@@ -17,6 +17,8 @@ from boomerang_batch import storage
 from boomerang_batch.errors import ObjectExistsError, RunMismatchError, VerificationError
 
 RECORD_NAME = "run.json"
+SHEET_NAME = "contact-sheet.png"
+LOGS_NAME = "logs"
 FORMAT_VERSION = 1
 
 

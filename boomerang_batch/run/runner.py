@@ -103,7 +103,8 @@ class Runner:
     def _draws(self, ledger: Ledger, task: Task, stop: threading.Event) -> Iterator[Draw]:
         """Read and prepare samples as the engine asks for them; what can't be prepared goes to the ledger."""
         shard = task.source_stem
-        for item in _read(task.url):
+        # The reader's messages reach logs, which others may read: under anonymize they name the output.
+        for item in _read(task.url, name=task.url if self._private_dir is None else task.name):
             if stop.is_set():
                 raise StoppedError(f"stopped within shard {task.name}; run the same command to resume")
             if isinstance(item, Unreadable):
@@ -143,11 +144,11 @@ class Runner:
         return counts
 
 
-def _read(url: str) -> Iterator[Sample | Unreadable]:
+def _read(url: str, *, name: str) -> Iterator[Sample | Unreadable]:
     """A shard's samples. Whatever goes wrong with reading is this shard's misfortune, not the run's."""
     try:
         with storage.open_read(url) as stream:
-            yield from read_samples(stream, shard=url)
+            yield from read_samples(stream, shard=name)
     except StorageError as error:
         raise ShardError(str(error)) from error
     except OSError as error:

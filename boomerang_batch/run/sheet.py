@@ -17,9 +17,9 @@ from boomerang_batch.data.shards import Sample, read_samples
 from boomerang_batch.errors import BoomerangError
 from boomerang_batch.run.commit import TAR_SUFFIX
 from boomerang_batch.run.naming import Naming, member_key
+from boomerang_batch.run.record import SHEET_NAME
 from boomerang_batch.run.tasks import ShardReport, Task
 
-SHEET_NAME = "contact-sheet.png"
 PAIRS_NAME = "before-after.png"
 _SHARDS, _PER_SHARD = 8, 8
 
@@ -69,7 +69,7 @@ def _inputs(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The pictures in the input shard that `wanted` output keys were made from, by output key."""
     with storage.open_read(task.url) as stream:
-        for item in read_samples(stream, shard=task.url):
+        for item in read_samples(stream, shard=task.name):
             if not isinstance(item, Sample):
                 continue
             for variant in range(recipe.variants):

@@ -115,7 +115,8 @@ class Transform:
             placement=placement,
             x_0=torch.from_numpy(values),
             label=self._label(sample),
-            travelling=travelling,
+            # In an order of our own, so that under anonymize not even that comes from the input.
+            travelling=dict(sorted(travelling.items())),
         )
 
     def draws(self, prepared: Prepared) -> Iterator[Draw]:

@@ -29,7 +29,7 @@ from boomerang_batch.run.commit import (
 )
 from boomerang_batch.run.keys import KeyRegistry
 from boomerang_batch.run.naming import member_key
-from boomerang_batch.run.record import RunRecord, require_record
+from boomerang_batch.run.record import LOGS_NAME, RECORD_NAME, SHEET_NAME, RunRecord, require_record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,9 +130,11 @@ def _rows(out: str, stem: str) -> list[Row]:
 
 
 def _strangers(out: str, record: RunRecord) -> Iterator[str]:
-    """Shards in OUT that are not this run's."""
-    known = set(record.shards)
+    """What lies in OUT and is not this run's: a foreign shard, or under anonymize anything at all."""
+    suffixes = (MARKER_SUFFIX, TAR_SUFFIX, PROVENANCE_SUFFIX)
+    known = {stem + suffix for stem in record.shards for suffix in suffixes}
+    known |= {RECORD_NAME, SHEET_NAME, LOGS_NAME}
+    published = record.recipe.get("purpose") == "anonymize"
     for name in storage.list_names(out):
-        for suffix in (MARKER_SUFFIX, TAR_SUFFIX, PROVENANCE_SUFFIX):
-            if name.endswith(suffix) and name.removesuffix(suffix) not in known:
-                yield f"{storage.join(out, name)} is not part of this run"
+        if name not in known and (published or name.endswith(suffixes)):
+            yield f"{storage.join(out, name)} is not part of this run"

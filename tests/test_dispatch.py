@@ -1,0 +1,344 @@
+"""What the pool on Ray does when workers die, stop, or fail: its decisions, played on a Ray made of lists.
+
+`test_ray` shows the same pool on real processes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorDiedError, RayTaskError
+
+from boomerang_batch.errors import BoomerangError, ModelError, ShardError, StoppedError, StorageError
+from boomerang_batch.run import dispatch
+from boomerang_batch.run.dispatch import RayPool
+from boomerang_batch.run.tasks import RunSpec, ShardReport, Task, WorkerFacts
+from tests import worlds
+
+FACTS = WorkerFacts(model_digest="m", stack={"torch": "2"})
+DIE = ActorDiedError()
+
+
+class NotYetError(Exception):
+    """What a call gives that has not been answered yet."""
+
+
+@dataclass(eq=False)
+class Call:
+    """A call to an actor, answered when it is first looked at."""
+
+    actor: Actor
+    answer: Callable[[], Any]
+    kept: Any = None
+
+    def settle(self) -> bool:
+        """Whether there is an answer by now, be it an error; once given it stays."""
+        if self.kept is None:
+            try:
+                self.kept = DIE if self.actor.dead else self.answer()
+            except NotYetError:
+                return False
+            except ActorDiedError as error:
+                self.actor.dead, self.kept = True, error
+            except Exception as error:
+                wrapped = RayTaskError("run", f"Traceback of\n  {error}", error)
+                self.kept = wrapped.as_instanceof_cause()
+        return True
+
+    def get(self) -> Any:
+        assert self.settle(), "a get that would wait"
+        if isinstance(self.kept, Exception):
+            raise self.kept
+        return self.kept
+
+
+@dataclass(eq=False)
+class Actor:
+    """A worker that does what the test's `play` says."""
+
+    number: int
+    play: Play
+    dead: bool = False
+    asked_to_stop: bool = False
+
+    def __getattr__(self, name: str) -> Any:
+        answer = {"load": self._load, "run": self._run, "progress": self._progress, "stop": self._stop}[name]
+        return SimpleNamespace(remote=lambda *words: answer(*words))
+
+    def _load(self) -> Call:
+        return Call(self, lambda: self.play.load(self))
+
+    def _run(self, task: Task) -> Call:
+        self.play.given.append((self.number, task.name))
+        return Call(self, lambda: self.play.run(self, task))
+
+    def _progress(self) -> Call:
+        return Call(self, lambda: dict(self.play.progress))
+
+    def _stop(self) -> None:
+        self.asked_to_stop = True
+
+
+@dataclass(kw_only=True)
+class Play:
+    """How workers behave, and what was asked of them."""
+
+    run: Callable[[Actor, Task], ShardReport]
+    load: Callable[[Actor], WorkerFacts] = lambda actor: FACTS
+    progress: dict[str, int] = field(default_factory=dict)
+    """What every worker answers when asked how far it is."""
+    actors: list[Actor] = field(default_factory=list)
+    given: list[tuple[int, str]] = field(default_factory=list)
+    killed: list[Actor] = field(default_factory=list)
+
+    def options(self, **options: Any) -> Any:
+        return SimpleNamespace(remote=self.hire)
+
+    def hire(self, spec: RunSpec) -> Actor:
+        self.actors.append(Actor(len(self.actors), self))
+        assert len(self.actors) < 50, "the pool hires without end"
+        return self.actors[-1]
+
+    def wait(self, calls: Sequence[Call], *, num_returns: int = 1, timeout: float | None) -> tuple[list, list]:
+        assert timeout is not None, "a wait that nothing can end"
+        ready = next((call for call in calls if call.settle()), None)
+        return ([], list(calls)) if ready is None else ([ready], [call for call in calls if call is not ready])
+
+    def get(self, call: Call) -> Any:
+        return call.get()
+
+    def kill(self, actor: Actor) -> None:
+        actor.dead = True
+        self.killed.append(actor)
+
+
+def done(actor: Actor, task: Task) -> ShardReport:
+    return ShardReport(name=task.name, status="done")
+
+
+@pytest.fixture
+def stage(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., RayPool]:
+    """A pool on a play."""
+
+    def build(play: Play, *, workers: int = 1, max_attempts: int = 3) -> RayPool:
+        ray = SimpleNamespace(
+            is_initialized=lambda: True, cluster_resources=dict, wait=play.wait, get=play.get, kill=play.kill
+        )
+        monkeypatch.setattr(dispatch, "ray", ray)
+        recipe = worlds.recipe(tiny_model, purpose="augment")
+        spec = RunSpec(recipe=recipe, out=str(tmp_path), private_dir=None, device="cpu", threads=1)
+        return RayPool(spec, address="local", workers=workers, max_attempts=max_attempts, worker=play)
+
+    return build
+
+
+def work(
+    pool: RayPool, *names: str, stop: threading.Event | None = None, seen: list | None = None
+) -> dict[str, ShardReport]:
+    """Start the pool and have it do tasks of these names; the reports by name."""
+    stop = stop or threading.Event()
+    pool.start(stop=stop)
+    tasks = [Task(name=name, url=f"{name}.tar", source_stem=name) for name in names]
+    progress = lambda name, finished: None if seen is None else seen.append((name, finished))  # noqa: E731
+    return {report.name: report for report in pool.run(tasks, stop=stop, progress=progress)}
+
+
+def test_every_task_is_done_once(stage):
+    play = Play(run=done)
+    reports = work(stage(play, workers=2), *"abcde")
+    assert {name: report.status for name, report in reports.items()} == dict.fromkeys("abcde", "done")
+    assert sorted(name for _, name in play.given) == list("abcde")
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("error", [DIE, RuntimeError("CUDA error")], ids=["death", "error"])
+def test_a_worker_lost_while_stopping_ends_the_run(stage, error):
+    stop = threading.Event()
+
+    def run(actor, task):
+        stop.set()
+        if not actor.asked_to_stop:
+            raise NotYetError
+        raise error
+
+    play = Play(run=run)
+    assert work(stage(play), "a", "b", "c", stop=stop) == {}
+    assert len(play.actors) == 1  # nobody is hired any more
+
+
+@pytest.mark.timeout(20)
+def test_a_stop_before_anything_was_handed_out_hands_out_nothing(stage):
+    play, stop = Play(run=done), threading.Event()
+    pool = stage(play)
+    pool.start(stop=stop)
+    stop.set()
+    assert list(pool.run([Task(name="a", url="a", source_stem="a")], stop=stop, progress=print)) == []
+    assert play.given == []
+
+
+def test_tasks_end_as_stopped_when_asked_to(stage):
+    stop = threading.Event()
+
+    def run(actor, task):
+        stop.set()
+        if not actor.asked_to_stop:
+            raise NotYetError
+        raise StoppedError("stopped within shard")
+
+    reports = work(stage(Play(run=run)), "a", "b", "c", stop=stop)
+    assert {name: report.status for name, report in reports.items()} == {"a": "stopped", "b": "stopped"}
+
+
+@pytest.mark.timeout(20)
+def test_waiting_for_a_first_worker_can_be_stopped(stage):
+    stop = threading.Event()
+
+    def load(actor):
+        stop.set()
+        raise NotYetError
+
+    with pytest.raises(StoppedError, match="run the same command"):
+        work(stage(Play(run=done, load=load)), "a", stop=stop)
+
+
+def test_an_error_of_ours_keeps_its_words_and_loses_the_traceback(stage):
+    def quarantine(actor, task):
+        raise ShardError("s.tar: reading broke off")
+
+    reports = work(stage(Play(run=quarantine)), "a")
+    assert (reports["a"].status, reports["a"].reason) == ("quarantined", "s.tar: reading broke off")
+
+    def fail(actor, task):
+        raise StorageError("can't write out/a.tar: no space")
+
+    with pytest.raises(StorageError) as storage_error:
+        work(stage(Play(run=fail)), "a")
+    assert str(storage_error.value) == "can't write out/a.tar: no space"
+
+    def refuse(actor):
+        raise ModelError("no such folder")
+
+    with pytest.raises(ModelError) as model_error:
+        work(stage(Play(run=done, load=refuse)), "a")
+    assert str(model_error.value) == "no such folder"
+
+
+def test_a_worker_that_fails_everything_is_replaced_and_costs_no_shard(stage):
+    """A CUDA error stays with its process: each further task there fails at once, innocent as it is."""
+    broken = set()
+
+    def run(actor, task):
+        if task.name == "c" and not broken:
+            broken.add(actor.number)
+        if actor.number in broken:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return done(actor, task)
+
+    play = Play(run=run)
+    reports = work(stage(play), *"abcdefgh")
+    assert {report.status for report in reports.values()} == {"done"}
+    assert len(reports) == 8
+    assert [actor.number for actor in play.killed] == [0]
+
+
+def test_a_task_that_always_fails_is_quarantined_and_its_neighbours_are_not(stage):
+    def run(actor, task):
+        if task.name == "c":
+            raise KeyError("pixel")
+        return done(actor, task)
+
+    reports = work(stage(Play(run=run), workers=2, max_attempts=2), *"abcdef")
+    assert {name for name, report in reports.items() if report.status == "quarantined"} == {"c"}
+    assert len(reports) == 6
+    assert "after 2 attempts" in reports["c"].reason
+    assert "pixel" in reports["c"].reason
+
+
+def test_a_death_while_getting_further_is_no_attempt(stage):
+    play, looks = Play(run=done), Counter[int]()
+
+    def run(actor, task):
+        looks[actor.number] += 1
+        play.progress["a"] = actor.number + 1
+        if looks[actor.number] < 3:
+            raise NotYetError  # the pool asks how far it is, and hears
+        if actor.number < 4:
+            raise DIE
+        return done(actor, task)
+
+    play.run = run
+    assert work(stage(play, max_attempts=1), "a")["a"].status == "done"
+
+
+def test_a_death_no_further_than_the_last_is_an_attempt(stage):
+    play, looks = Play(run=done), Counter[int]()
+
+    def run(actor, task):
+        looks[actor.number] += 1
+        play.progress["a"] = 7
+        if looks[actor.number] < 3:
+            raise NotYetError
+        raise DIE
+
+    play.run = run
+    assert work(stage(play, max_attempts=2), "a")["a"].status == "quarantined"
+    assert len(looks) == 3  # the first got further than ever
+
+
+def test_a_lost_worker_is_killed_for_it_may_only_be_out_of_reach(stage):
+    def run(actor, task):
+        if actor.number == 0:
+            raise DIE
+        return done(actor, task)
+
+    play = Play(run=run)
+    work(stage(play), "a")
+    assert [actor.number for actor in play.killed] == [0]
+
+
+def test_workers_that_die_loading_don_t_cost_the_run_while_others_work(stage):
+    looks = Counter[str]()
+
+    def load(actor):
+        if actor.number != 1:
+            raise DIE
+        return FACTS
+
+    def run(actor, task):
+        looks[task.name] += 1
+        if looks[task.name] < 3:
+            raise NotYetError
+        return done(actor, task)
+
+    play = Play(run=run, load=load)
+    assert len(work(stage(play, workers=2), *"abcdefgh")) == 8
+    assert len(play.actors) < 6
+
+
+def test_when_every_worker_dies_loading_the_run_says_so(stage):
+    def load(actor):
+        raise DIE
+
+    with pytest.raises(BoomerangError, match="died while loading the model"):
+        work(stage(Play(run=done, load=load), workers=2), "a")
+
+
+def test_progress_of_a_task_that_is_over_is_not_told(stage):
+    waits = []
+
+    def run(actor, task):
+        waits.append(task.name)
+        if len(waits) < 4:
+            raise NotYetError
+        return done(actor, task)
+
+    seen: list = []
+    work(stage(Play(run=run, progress={"over": 9, "a": 1})), "a", seen=seen)
+    assert set(seen) == {("a", 1)}
