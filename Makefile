@@ -11,10 +11,10 @@ SOURCES := boomerang_batch tests benchmarks
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test check lint format types docs build clean
+.PHONY: help .venv demo test test-chaos check lint format types docs build clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[.a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[.a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo '  PYTHON=python3.12 chooses the interpreter of a new .venv, OUT=folder where the demo writes.'
 
 .venv: $(INSTALLED)  ## Install the pinned environment into .venv (the other targets do it when needed)
@@ -33,6 +33,9 @@ demo: $(INSTALLED)  ## Make an anonymized twin of a small real dataset, with the
 
 test: $(INSTALLED)  ## Run every test
 	@$(BIN)/python -m pytest
+
+test-chaos: $(INSTALLED)  ## The kill test in its long form: 20 workers and 5 drivers killed, some ten minutes
+	@BOOMERANG_CHAOS=long $(BIN)/python -m pytest tests/test_ray.py -k kills
 
 check: lint types  ## Before each commit: format, lint, types, layering, docs freshness, fast tests
 	@$(BIN)/python -m pytest -m 'not slow'

@@ -5,8 +5,8 @@
 
 For each t, at equal noise keys: noise level, evaluations, mean and median squared distance to the source (per
 pixel, pixels in [0, 1]), and the share whose class a CNN trained on real images still sees. `--as-is` takes the
-pixel, pixels in [0, 1]), and the share whose class a CNN trained on real images still sees. `--as-is` takes
-the recipe's own t, the operating point of `boomerang-batch demo`, and exits with 1 when agreement is below .8 or
+recipe's own t, the operating point of `boomerang-batch demo`, and exits with 1 when agreement is below .8 or
+the median distance below that between nearest neighbours of one class. Prints one JSON line.
 """
 
 from __future__ import annotations

@@ -38,6 +38,11 @@ def local_path(url: str) -> Path:
     return Path(url.removeprefix("file://"))
 
 
+def absolute(url: str) -> str:
+    """A local `url` as an absolute path, for processes that run in another folder; others as they are."""
+    return os.path.abspath(local_path(url)) if is_local(url) else url  # noqa: PTH100 (keep links)
+
+
 def join(base: str, *names: str) -> str:
     """`base` with `names` below it."""
     root = base if base.endswith("://") else f"{base.rstrip('/')}/"

@@ -29,6 +29,5 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def secret(monkeypatch: pytest.MonkeyPatch) -> str:
     """One secret for every run of a test, so that their outputs can be compared."""
-    value = "5ec7e7" * 8
-    monkeypatch.setenv("BOOMERANG_SECRET", value)
-    return value
+    monkeypatch.setenv("BOOMERANG_SECRET", worlds.SECRET)
+    return worlds.SECRET

@@ -38,6 +38,8 @@ from boomerang_batch.run.tasks import ShardReport, Task
 from boomerang_batch.run.verify import verify
 from tests import broken, tiny_models, worlds
 
+pytestmark = pytest.mark.slow
+
 GREY = broken.grey()
 PNG = broken.saved(GREY)
 JPEG = broken.saved(GREY, "jpeg")
@@ -467,7 +469,7 @@ def secret(content: bytes, mode: int = 0o600) -> Spoil:
 def secret_variable(value: str) -> Spoil:
     def build(world: World) -> None:
         world.monkeypatch.setenv("BOOMERANG_SECRET", value)
-        private(Path.mkdir)(world)
+        private(lambda folder: folder.mkdir(mode=0o700))(world)
 
     return build
 

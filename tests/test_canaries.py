@@ -31,6 +31,8 @@ from boomerang_batch.data.provenance import read_rows
 from boomerang_batch.run.verify import verify
 from tests import broken, worlds
 
+pytestmark = pytest.mark.slow
+
 FORMATS = ("png", "jpg", "webp")
 METADATA = ("exif", "gps", "thumbnail", "xmp", "icc", "comment", "text")
 SHARDS, SAMPLES = 3, 6

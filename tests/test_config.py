@@ -337,3 +337,14 @@ def test_the_canonical_form_parses_back_to_itself():
 def test_a_recipe_is_frozen():
     with pytest.raises(ValueError, match="frozen"):
         parse(AUGMENT).steps = 3
+
+
+def test_a_model_folder_is_named_but_not_placed():
+    """run.json is published; where a model lies on someone's disk is not."""
+    here = parse(AUGMENT | {"model": {"source": "/home/alice/models/faces"}})
+    there = parse(AUGMENT | {"model": {"source": "../faces/"}})
+    assert here.canonical()["model"]["source"] == "faces"
+    assert here.digest == there.digest
+    assert parse(AUGMENT | {"model": {"source": "/"}}).canonical()["model"]["source"] == "."
+    hub = {"source": "owner/name", "revision": "0" * 40}
+    assert parse(AUGMENT | {"model": hub}).canonical()["model"]["source"] == "owner/name"

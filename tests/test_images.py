@@ -487,3 +487,11 @@ def test_contact_sheets_show_every_picture_and_are_the_same_every_time():
     assert (array[104:200, 104:200] == 255).all()
     assert (array[52, 128:152] == 0).any()
     assert images.contact_sheet([])
+
+
+@pytest.mark.parametrize("size", [(1, 1), (28, 28), (96, 50), (97, 96), (300, 7), (640, 480)])
+def test_a_picture_fitted_before_gives_the_same_sheet(size):
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    small = images.fitted(pixels)
+    assert max(small.shape[:2]) == 96
+    assert images.contact_sheet([[small]]) == images.contact_sheet([[pixels]])

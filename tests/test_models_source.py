@@ -275,3 +275,10 @@ def assert_same_weights(network, expected):
     loaded, wanted = network.state_dict(), expected.state_dict()
     assert loaded.keys() == wanted.keys()
     assert all(torch.equal(loaded[name], wanted[name]) for name in wanted)
+
+
+def test_whole_weights_beside_parts_are_refused(folder):
+    """diffusers would load the parts, while the digest told of the whole."""
+    index = {"weight_map": {"conv_in.bias": WEIGHTS}}
+    (folder / "unet" / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+    assert "keep one of them" in refusal(folder)

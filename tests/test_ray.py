@@ -39,14 +39,17 @@ LONG = os.environ.get("BOOMERANG_CHAOS") == "long"
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     """A Ray with two logical GPUs, which the pool joins because it is there."""
-    os.environ["RAY_AUTH_MODE"] = "disabled"
+    # A cluster's workers have the environment that the cluster was started in, not the driver's.
+    environment = {"RAY_AUTH_MODE": "disabled", "BOOMERANG_SECRET": worlds.SECRET}
+    os.environ |= environment
     ray.init(
         num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False, logging_level="error",
         configure_logging=False,
     )  # fmt: skip
     yield
     ray.shutdown()
-    del os.environ["RAY_AUTH_MODE"]
+    for name in environment:
+        del os.environ[name]
 
 
 def actor(worker: type) -> Any:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import random
+import tempfile
 import threading
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import pytest
 from boomerang_batch.data.manifest import load_manifest
 from boomerang_batch.data.provenance import read_rows
 from boomerang_batch.errors import ConfigError, ManifestError, PrivateDirError, RunMismatchError
+from boomerang_batch.run.inline import InlinePool
 from boomerang_batch.run.private import load_secret
 from boomerang_batch.run.runner import Runner
 from boomerang_batch.run.verify import verify
@@ -243,3 +246,137 @@ def test_a_private_dir_serves_one_run(tmp_path: Path, tiny_model: Path, manifest
 def test_anonymize_refuses_to_publish_the_input(tmp_path: Path, tiny_model: Path, manifest: Path, t: str):
     with pytest.raises(ConfigError, match="0 evaluations"):
         worlds.run(worlds.recipe(tiny_model, t), manifest, tmp_path / "out")
+
+
+@pytest.mark.usefixtures("secret")
+def test_the_order_of_work_does_not_tell_which_pseudonym_is_whose(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The log in OUT lists shards as they end, and files have times: the manifest's order would link."""
+    manifest = worlds.save_shards(tmp_path / "in", shards=6, samples=1)
+    worlds.run(worlds.recipe(tiny_model), manifest, tmp_path / "out")
+    (log,) = (tmp_path / "out" / "logs").iterdir()
+    names = [json.loads(line)["name"] for line in log.read_text().splitlines()]
+    assert len(names) == 6
+    assert names == sorted(names)
+
+
+@pytest.mark.parametrize(("action", "shown"), [("keep", True), ("pseudonymize", False), ("drop", False)])
+def test_a_label_shows_in_the_provenance_only_where_it_travels_as_it_is(
+    tmp_path: Path, tiny_model: Path, manifest: Path, action: str, shown: bool
+):
+    worlds.run(worlds.recipe(tiny_model, f"fields.fields.cls={action}"), manifest, tmp_path / "out")
+    labels = {row.label for path in (tmp_path / "out").glob("*.parquet") for row in read_rows(path)}
+    assert labels == ({0, 1, 2, 3} if shown else {None})
+
+
+def test_variants_of_one_image_can_t_be_told_by_their_source_digest(
+    tmp_path: Path, tiny_model: Path, manifest: Path
+):
+    worlds.run(worlds.recipe(tiny_model, "variants=3"), manifest, tmp_path / "out")
+    rows = [row for path in (tmp_path / "out").glob("*.parquet") for row in read_rows(path)]
+    assert len({row.source_digest for row in rows}) == len(rows) == 45
+
+
+def test_a_private_dir_that_others_can_enter_is_refused(tmp_path: Path, tiny_model: Path, manifest: Path):
+    private = tmp_path / "out-private"
+    private.mkdir()
+    private.chmod(0o755)
+    with pytest.raises(PrivateDirError, match="chmod 700"):
+        worlds.run(worlds.recipe(tiny_model), manifest, tmp_path / "out")
+    private.chmod(0o700)
+    assert worlds.run(worlds.recipe(tiny_model), manifest, tmp_path / "out").exit_code == 0
+
+
+def test_what_links_back_is_never_on_scratch_disk(
+    tmp_path: Path, tiny_model: Path, manifest: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A killed worker leaves its scratch folder, and nobody guards that."""
+    scratch, seen = tmp_path / "scratch", {}
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+
+    def die(out, marker, **files):
+        seen.update(worlds.tree(scratch))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("boomerang_batch.run.runner.commit", die)
+    with pytest.raises(KeyboardInterrupt):
+        worlds.run(worlds.recipe(tiny_model), manifest, tmp_path / "out")
+    assert seen
+    for number in range(15):
+        assert not any(f"img{number:05d}".encode() in data for data in seen.values())
+
+
+def test_extend_does_not_accept_other_files_under_the_same_stems(
+    tmp_path: Path, tiny_model: Path, manifest: Path
+):
+    recipe, whole = worlds.recipe(tiny_model), load_manifest(str(manifest))
+    first, second, third = (
+        dataclasses.replace(entry, digest=f"{n}" * 64) for n, entry in enumerate(whole.shards)
+    )
+    worlds.run(recipe, dataclasses.replace(whole, shards=(first, second)), tmp_path / "out")
+    swapped = dataclasses.replace(first, digest="9" * 64)
+    with pytest.raises(RunMismatchError, match="other files"):
+        worlds.run(
+            recipe, dataclasses.replace(whole, shards=(swapped, second, third)), tmp_path / "out", extend=True
+        )
+
+
+def test_shards_of_another_recipe_are_refused_even_without_the_record(
+    tmp_path: Path, tiny_model: Path, manifest: Path
+):
+    out = tmp_path / "out"
+    worlds.run(worlds.recipe(tiny_model, purpose="augment"), manifest, out)
+    (out / "run.json").unlink()
+    before = worlds.tree(out)
+    with pytest.raises(RunMismatchError, match="another recipe"):
+        worlds.run(worlds.recipe(tiny_model, "steps=5", purpose="augment"), manifest, out)
+    assert worlds.tree(out) == before
+
+
+def test_a_finished_run_needs_its_inputs_no_more(
+    tmp_path: Path, tiny_model: Path, manifest: Path, caplog: pytest.LogCaptureFixture
+):
+    recipe, out = worlds.recipe(tiny_model), tmp_path / "out"
+    worlds.run(recipe, manifest, out)
+    pairs = (tmp_path / "out-private" / "before-after.png").read_bytes()
+    loaded = load_manifest(str(manifest))
+    for path in manifest.parent.glob("*.tar"):
+        path.unlink()
+    assert worlds.run(recipe, loaded, out).exit_code == 0
+    assert (tmp_path / "out-private" / "before-after.png").read_bytes() == pairs
+    assert "before-after.png stays as it is" in caplog.text
+
+
+def test_a_stop_is_heeded_between_the_batches_of_one_sample(tmp_path: Path, tiny_model: Path):
+    manifest = worlds.save_shards(tmp_path / "in", shards=1, samples=1)
+    recipe = worlds.recipe(tiny_model, "variants=40", "batch_size=2")
+    stop, drawn = threading.Event(), []
+
+    class Stopping(InlinePool):
+        def run(self, tasks, *, stop, progress):
+            return super().run(tasks, stop=stop, progress=lambda name, n: (drawn.append(n), stop.set()))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("boomerang_batch.run.inline.InlinePool", Stopping)
+        assert worlds.run(recipe, manifest, tmp_path / "out", stop=stop).exit_code == 75
+    assert drawn == [1, 2]
+
+
+def test_workers_are_told_where_out_is_whatever_their_folder(
+    tmp_path: Path, tiny_model: Path, manifest: Path, monkeypatch: pytest.MonkeyPatch
+):
+    class Elsewhere(InlinePool):
+        """A pool in another folder than the driver, as a Ray worker may be."""
+
+        def run(self, tasks, *, stop, progress):
+            for task in tasks:
+                with contextlib.chdir(tmp_path / "in"):
+                    reports = list(super().run([task], stop=stop, progress=progress))
+                yield from reports
+
+    monkeypatch.setattr("boomerang_batch.run.inline.InlinePool", Elsewhere)
+    monkeypatch.chdir(tmp_path)
+    assert worlds.run(worlds.recipe(tiny_model), manifest, Path("out")).exit_code == 0
+    assert len(list((tmp_path / "out-private" / "links").iterdir())) == 3

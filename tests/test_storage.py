@@ -410,3 +410,10 @@ def test_writing_below_a_missing_folder_or_a_file_names_the_url(tmp_path):
         url = str(tmp_path / parent / "a.tar")
         with pytest.raises(StorageError, match=f"can't write {url}: "):
             storage.publish_bytes(b"x", url)
+
+
+def test_absolute_paths_mean_the_same_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert storage.absolute("out/a") == str(tmp_path / "out" / "a")
+    assert storage.absolute(f"file://{tmp_path}/out") == str(tmp_path / "out")
+    assert storage.absolute("s3://bucket/out") == "s3://bucket/out"

@@ -20,6 +20,7 @@ from boomerang_batch.run.tasks import RunReport
 from tests import tiny_models
 
 CLASSES = 4
+SECRET = "5ec7e7" * 8
 
 
 def save_model(folder: Path) -> Path:

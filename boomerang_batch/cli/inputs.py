@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING
-
-import click
 
 if TYPE_CHECKING:
     from boomerang_batch.config.pipeline import Recipe
@@ -39,10 +38,12 @@ def stop_on_signals() -> Iterator[threading.Event]:
     stop = threading.Event()
 
     def ask(number: int, frame: FrameType | None) -> None:
-        click.echo("stopping at the next batch boundary; once more to end at once", err=True)
         stop.set()
         for each, handler in before.items():
             signal.signal(each, handler)
+        # Not by print: the signal may have come in the middle of one, and the reader of stderr may be gone.
+        with contextlib.suppress(OSError):
+            os.write(2, b"stopping at the next batch boundary; once more to end at once\n")
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

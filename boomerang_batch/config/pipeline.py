@@ -12,6 +12,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -171,8 +172,10 @@ class Recipe(_Block):
                 "purpose anonymize draws its noise under the private dir's secret; a seed in the recipe "
                 "would let anyone re-run the candidates: remove seed"
             )
-        if self.purpose == "anonymize" and self.fields.default == "keep":
-            raise ValueError("fields.default keep would publish whatever comes along; list what may travel")
+        if self.purpose == "anonymize" and self.fields.default not in (None, "drop"):
+            raise ValueError(
+                "fields.default other than drop would publish whatever comes; list what may travel"
+            )
         if self.purpose == "anonymize" and self.images.alpha == "keep":
             raise ValueError(
                 "images.alpha keep would publish the source's own alpha channel; flatten or refuse"
@@ -186,9 +189,15 @@ class Recipe(_Block):
         return self
 
     def canonical(self) -> dict[str, Any]:
-        """Every output-determining field, defaults spelled out; what the digest is taken over."""
+        """Every output-determining field, defaults spelled out; what the digest is taken over.
+
+        Of a model's folder only the name: where it lies is its owner's business, and the model digest, which
+        is recorded beside, says better which model it is.
+        """
         full = self.model_dump(mode="json", exclude={"run", "description", "name"})
         full["t"] = dict([self.t.unit])
+        if self.model.revision is None and not self.model.source.startswith("shipped:"):
+            full["model"]["source"] = PurePath(self.model.source).name or "."
         return full
 
     @property

@@ -167,16 +167,22 @@ def contact_sheet(rows: Sequence[Sequence[Pixels]], *, cell: int = 96, gap: int 
     sheet = np.full((max(len(rows), 1) * pitch + gap, max(columns, 1) * pitch + gap, 3), 255, np.uint8)
     for index, row in enumerate(rows):
         for column, pixels in enumerate(row):
-            scale = cell / max(pixels.shape[:2])
-            height, width = (max(1, round(side * scale)) for side in pixels.shape[:2])
-            # Whole steps keep small images crisp; shrinking needs a filter.
-            fitted = _enlarge(pixels, height, width) if scale >= 1 else resize(pixels, (height, width))
+            shown = fitted(pixels, cell=cell)
+            height, width = shown.shape[:2]
             top = gap + index * pitch + (cell - height) // 2
             left = gap + column * pitch + (cell - width) // 2
-            sheet[top : top + height, left : left + width] = fitted
+            sheet[top : top + height, left : left + width] = shown
     buffer = io.BytesIO()
     Image.fromarray(sheet).save(buffer, format="PNG", compress_level=6)
     return buffer.getvalue()
+
+
+def fitted(pixels: Pixels, *, cell: int = 96) -> Pixels:
+    """(H, W, C) with its longer side at `cell` pixels, as `contact_sheet` shows it; again changes nothing."""
+    scale = cell / max(pixels.shape[:2])
+    height, width = (max(1, round(side * scale)) for side in pixels.shape[:2])
+    # Whole steps keep small images crisp; shrinking needs a filter.
+    return _enlarge(pixels, height, width) if scale >= 1 else resize(pixels, (height, width))
 
 
 def _enlarge(pixels: Pixels, height: int, width: int) -> Pixels:

@@ -157,6 +157,9 @@ def _weights(network: Path) -> tuple[list[Path], str | None]:
     """The weight files, in a fixed order, and diffusers' variant of them."""
     whole = network / f"{_WEIGHTS}.safetensors"
     index = network / f"{_WEIGHTS}.safetensors.index.json"
+    if whole.is_file() and index.is_file():
+        # diffusers would read the parts, whatever we take the digest of.
+        raise ModelError(f"{network}: both {whole.name} and {index.name} are there; keep one of them")
     if whole.is_file():
         return [whole], None
     if index.is_file():

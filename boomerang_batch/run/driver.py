@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
+import functools
 import itertools
 import logging
 import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from boomerang_batch import storage
 from boomerang_batch.config.pipeline import Recipe
 from boomerang_batch.data.manifest import Manifest
-from boomerang_batch.errors import ManifestError, PrivateDirError, StorageError
+from boomerang_batch.errors import ConfigError, ManifestError, PrivateDirError, RunMismatchError, StorageError
 from boomerang_batch.run.commit import MARKER_SUFFIX, read_marker
 from boomerang_batch.run.keys import KeyRegistry
 from boomerang_batch.run.naming import Naming
@@ -82,10 +83,13 @@ def execute(request: RunRequest, *, stop: threading.Event) -> RunReport:
     storage.make_folder(out)
     storage.sweep(out)
     there = read_record(out)
+    if there is None:
+        _split(request, tasks)  # refuses what another run left, before anything is written
     spec = RunSpec(
         recipe=recipe,
-        out=out,
-        private_dir=request.private_dir,
+        # Workers may run in another folder.
+        out=storage.absolute(out),
+        private_dir=request.private_dir and storage.absolute(request.private_dir),
         device=request.device,
         threads=request.threads or (int(there.stack["threads"]) if there else os.cpu_count() or 1),
     )
@@ -94,7 +98,13 @@ def execute(request: RunRequest, *, stop: threading.Event) -> RunReport:
         facts = pool.start(stop=stop)
         record = _record(request, naming, tasks, facts)
         for home in _homes(request):
-            open_record(home, record, extend=request.extend, accept_stack=request.accept_stack)
+            open_record(
+                home,
+                record,
+                digest_over=functools.partial(_digest_over, request, naming),
+                extend=request.extend,
+                accept_stack=request.accept_stack,
+            )
         reports = _work(request, pool, tasks, stop)
     finally:
         pool.close()
@@ -113,7 +123,7 @@ def _work(
 ) -> dict[str, ShardReport]:
     """Have everything done that storage does not say is done; the reports by name."""
     out, reports, registry = request.out, {}, KeyRegistry()
-    done, todo = _split(out, tasks)
+    done, todo = _split(request, tasks)
     with Telemetry(shards=len(tasks), quiet=request.quiet) as telemetry:
         try:
             for report in itertools.chain(done, pool.run(todo, stop=stop, progress=telemetry.images_in_flight)):
@@ -150,11 +160,16 @@ def _plan(request: RunRequest, naming: Naming) -> list[Task]:
                 f"{entry.url} lies in OUT ({request.out}) and would be overwritten or published; "
                 "choose another OUT"
             )
-    return [Task(name=naming.stem(entry.stem), url=entry.url, source_stem=entry.stem) for entry in entries]
+    tasks = [Task(name=naming.stem(entry.stem), url=entry.url, source_stem=entry.stem) for entry in entries]
+    # In the order of the outputs' names: logs and file times tell the order of work, and the manifest's would
+    # tell which pseudonym is whose.
+    return sorted(tasks, key=lambda task: task.name)
 
 
 def _pool(spec: RunSpec, request: RunRequest) -> Pool:
     if request.address == "inline":
+        if request.workers is not None:
+            raise ConfigError("--workers counts Ray workers; give --address local or a cluster's address too")
         from boomerang_batch.run.inline import InlinePool
 
         return InlinePool(spec)
@@ -169,28 +184,41 @@ def _pool(spec: RunSpec, request: RunRequest) -> Pool:
 
 
 def _record(request: RunRequest, naming: Naming, tasks: Sequence[Task], facts: WorkerFacts) -> RunRecord:
-    limited = dataclasses.replace(request.manifest, shards=request.manifest.shards[: request.limit])
+    names = tuple(task.name for task in tasks)
     return RunRecord(
         name=request.recipe.name,
         recipe=request.recipe.canonical(),
         recipe_digest=request.recipe.digest,
-        manifest_digest=naming.digest(limited.digest.encode()),
+        manifest_digest=_digest_over(request, naming, names),
         limit=request.limit,
-        shards=tuple(sorted(task.name for task in tasks)),
+        shards=names,
         model_digest=facts.model_digest,
         noise_key_id=naming.noise_key_id,
         stack=facts.stack,
     )
 
 
-def _split(out: str, tasks: Sequence[Task]) -> tuple[list[ShardReport], list[Task]]:
-    """What storage says is done, and what is left to do."""
+def _digest_over(request: RunRequest, naming: Naming, names: Collection[str]) -> str:
+    """The manifest's digest over the shards whose outputs have these names."""
+    wanted = set(names)
+    shards = tuple(entry for entry in request.manifest.shards if naming.stem(entry.stem) in wanted)
+    return naming.digest(dataclasses.replace(request.manifest, shards=shards).digest.encode())
+
+
+def _split(request: RunRequest, tasks: Sequence[Task]) -> tuple[list[ShardReport], list[Task]]:
+    """What storage says is done, and what is left to do.
+
+    Raises RunMismatchError for a shard that another recipe made; run.json would tell, but it may be lost.
+    """
+    out = request.out
     names = set(storage.list_names(out))
     done, todo = [], []
     for task in tasks:
         marker = read_marker(out, task.name) if task.name + MARKER_SUFFIX in names else None
         if marker is None:
             todo.append(task)
+        elif marker.recipe_digest != request.recipe.digest:
+            raise RunMismatchError(f"{out} holds shard {task.name} of another recipe; use an empty OUT")
         else:
             done.append(ShardReport(name=task.name, status="there", counts=marker.counts))
     return done, todo
@@ -216,7 +244,7 @@ def _close(
     seconds: float,
 ) -> RunReport:
     """Count what storage holds now; when nothing is left to do, draw the contact sheets."""
-    done, left = _split(request.out, tasks)
+    done, left = _split(request, tasks)
     rows: Counter[str] = Counter()
     for report in done:
         rows.update(report.counts)

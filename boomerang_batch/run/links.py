@@ -6,8 +6,8 @@ always has its links. It also keeps what OUT may not: the sentence that says why
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -31,8 +31,8 @@ SCHEMA = pa.schema(
 )
 
 
-def write_links(private_dir: str, task: Task, rows: Sequence[tuple[Source, Row]], *, scratch: Path) -> None:
-    """Publish the links of one shard; `scratch` is a local folder to build the file in."""
+def write_links(private_dir: str, task: Task, rows: Sequence[tuple[Source, Row]]) -> None:
+    """Publish the links of one shard. Built in memory: a killed worker leaves its scratch folder behind."""
     records = [
         {
             "row_key": row.key,
@@ -46,8 +46,8 @@ def write_links(private_dir: str, task: Task, rows: Sequence[tuple[Source, Row]]
         }
         for source, row in rows
     ]
-    built = scratch / "links.parquet"
+    built = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(records, schema=SCHEMA), built, compression="zstd")
     folder = storage.join(private_dir, "links")
     storage.make_folder(folder)
-    storage.publish(built, storage.join(folder, f"{task.name}.parquet"))
+    storage.publish_bytes(built.getvalue(), storage.join(folder, f"{task.name}.parquet"))

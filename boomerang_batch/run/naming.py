@@ -76,6 +76,11 @@ class Naming:
         """The output's stem for an input's."""
         return source_stem if self._secret is None else self._mac(b"stem", source_stem.encode(), size=8)
 
+    def source_digest(self, image: bytes, *, row_key: str) -> str:
+        """The source_digest column. Under a secret each row has its own: equal ones would tell variants."""
+        data = image if self._secret is None else row_key.encode() + b"\0" + image
+        return self.digest(data)
+
     def digest(self, data: bytes) -> str:
         """A digest of input bytes: SHA-256, or a MAC where a bare digest would let anyone confirm a guess."""
         return hashlib.sha256(data).hexdigest() if self._secret is None else self._mac(b"digest", data, size=32)

@@ -7,6 +7,7 @@ hex, so that workers on other machines need no shared folder to read it from.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 from pathlib import Path
@@ -23,7 +24,7 @@ _SECRET_FILE = "secret"  # noqa: S105
 def prepare_private_dir(private_dir: str, *, out: str) -> None:
     """Make the private dir (mode 0700) and, unless the environment has one, its secret (mode 0600).
 
-    Raises PrivateDirError when it is not a folder of its own apart from `out`.
+    Raises PrivateDirError when it is not a folder of its own apart from `out`, or is open to others.
     """
     if not storage.is_local(private_dir):
         raise PrivateDirError(f"{private_dir}: the private dir must be a folder on a local or shared disk")
@@ -37,6 +38,11 @@ def prepare_private_dir(private_dir: str, *, out: str) -> None:
             )
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if path.stat().st_mode & 0o077:
+            raise PrivateDirError(
+                f"{private_dir}: others can enter this folder, where the secret and what links back are kept; "
+                "chmod 700 it, or name a new folder inside it"
+            )
         if SECRET_VARIABLE not in os.environ:
             _make_secret(path / _SECRET_FILE)
     except OSError as error:
@@ -71,11 +77,17 @@ def load_secret(private_dir: str | None) -> bytes:
 
 
 def _make_secret(path: Path) -> None:
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
+    """Write a fresh secret under `path` unless one is there; whole or not at all."""
+    if path.exists():
         return
-    with os.fdopen(descriptor, "w") as writer:
-        writer.write(secrets.token_hex(_SECRET_BYTES) + "\n")
-        writer.flush()
-        os.fsync(writer.fileno())
+    unfinished = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
+    descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(descriptor, "w") as writer:
+            writer.write(secrets.token_hex(_SECRET_BYTES) + "\n")
+            writer.flush()
+            os.fsync(writer.fileno())
+        with contextlib.suppress(FileExistsError):  # another run's secret came first: that one is it
+            os.link(unfinished, path)
+    finally:
+        unfinished.unlink()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,11 +75,19 @@ def require_record(out: str) -> RunRecord:
     return record
 
 
-def open_record(out: str, wanted: RunRecord, *, extend: bool, accept_stack: bool) -> RunRecord:
+def open_record(
+    out: str,
+    wanted: RunRecord,
+    *,
+    digest_over: Callable[[Collection[str]], str],
+    extend: bool,
+    accept_stack: bool,
+) -> RunRecord:
     """Make OUT's record, or check that the run in OUT is the one wanted.
 
-    `extend` lets a manifest add shards; `accept_stack` lets another stack go on, and writes that down. Raises
-    RunMismatchError naming everything that differs.
+    `digest_over` gives the wanted manifest's digest over the shards of some stems alone. `extend` lets a
+    manifest add shards; `accept_stack` lets another stack go on, and writes that down. Raises RunMismatchError
+    naming everything that differs.
     """
     url = storage.join(out, RECORD_NAME)
     there = read_record(out)
@@ -87,14 +95,17 @@ def open_record(out: str, wanted: RunRecord, *, extend: bool, accept_stack: bool
         try:
             storage.create_only(url, wanted.to_bytes())
         except ObjectExistsError:
-            return open_record(out, wanted, extend=extend, accept_stack=accept_stack)
+            return open_record(out, wanted, digest_over=digest_over, extend=extend, accept_stack=accept_stack)
         return wanted
 
     merged = dataclasses.replace(wanted, stack=there.stack, accepted_stacks=there.accepted_stacks)
     known_stacks = (there.stack, *there.accepted_stacks)
     if wanted.stack not in known_stacks and accept_stack:
         merged = dataclasses.replace(merged, accepted_stacks=(*there.accepted_stacks, wanted.stack))
-    differences = list(_differences(there, wanted, extend=extend, accept_stack=accept_stack))
+    differences = [
+        *_manifest_differences(there, wanted, digest_over=digest_over, extend=extend),
+        *_differences(there, wanted, accept_stack=accept_stack),
+    ]
     if differences:
         raise RunMismatchError(
             f"{out} holds another run: {'; '.join(differences)}. Use an empty OUT, or put back what differs"
@@ -104,18 +115,23 @@ def open_record(out: str, wanted: RunRecord, *, extend: bool, accept_stack: bool
     return merged
 
 
-def _differences(there: RunRecord, wanted: RunRecord, *, extend: bool, accept_stack: bool) -> Iterator[str]:
-    if wanted.recipe_digest != there.recipe_digest:
-        yield "recipe " + ", ".join(_diff(there.recipe, wanted.recipe))
+def _manifest_differences(
+    there: RunRecord, wanted: RunRecord, *, digest_over: Callable[[Collection[str]], str], extend: bool
+) -> Iterator[str]:
     added, gone = set(wanted.shards) - set(there.shards), set(there.shards) - set(wanted.shards)
     if gone and wanted.limit == there.limit:
         yield f"manifest ({len(gone)} shard(s) of the run are not in it)"
     elif added and not extend and wanted.limit == there.limit:
         yield f"manifest ({len(added)} shard(s) more than the run has; --extend accepts that)"
-    elif wanted.manifest_digest != there.manifest_digest and not extend and not gone:
+    elif not gone and digest_over(there.shards) != there.manifest_digest:
         yield "manifest (the same stems, but other files)"
     if wanted.limit != there.limit and not (extend and not gone):
         yield f"limit ({there.limit} there, {wanted.limit} now)"
+
+
+def _differences(there: RunRecord, wanted: RunRecord, *, accept_stack: bool) -> Iterator[str]:
+    if wanted.recipe_digest != there.recipe_digest:
+        yield "recipe " + ", ".join(_diff(there.recipe, wanted.recipe))
     if wanted.model_digest != there.model_digest:
         yield f"model weights or settings ({there.model_digest[:12]} there, {wanted.model_digest[:12]} now)"
     if wanted.noise_key_id != there.noise_key_id:

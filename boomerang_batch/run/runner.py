@@ -120,7 +120,10 @@ class Runner:
                 continue
             if original is not None:
                 ledger.add(prepared.source, original.row, original.member_key, original.fields)
-            yield from self._transform.draws(prepared)
+            for draw in self._transform.draws(prepared):
+                if stop.is_set():  # variants of one sample may fill many batches
+                    raise StoppedError(f"stopped within shard {task.name}; run the same command to resume")
+                yield draw
 
     def _commit(self, ledger: Ledger, task: Task, scratch: Path) -> dict[str, int]:
         rows = ledger.rows()
@@ -128,7 +131,7 @@ class Runner:
         write_shard(tar, ledger.samples())
         write_rows(provenance, [row for _, row in rows])
         if self._private_dir is not None:
-            write_links(self._private_dir, task, rows, scratch=scratch)
+            write_links(self._private_dir, task, rows)
         counts: dict[str, int] = dict(sorted(Counter(str(row.status) for _, row in rows).items()))
         tar_digest, provenance_digest = digest_file(tar), digest_file(provenance)
         marker = Marker(

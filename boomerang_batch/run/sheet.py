@@ -6,6 +6,7 @@ nowhere else. Which samples are shown is fixed by their names, so a resumed run 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -14,7 +15,7 @@ from boomerang_batch import storage
 from boomerang_batch.config.pipeline import Recipe
 from boomerang_batch.data import fields, images
 from boomerang_batch.data.shards import Sample, read_samples
-from boomerang_batch.errors import BoomerangError
+from boomerang_batch.errors import BoomerangError, StorageError
 from boomerang_batch.run.commit import TAR_SUFFIX
 from boomerang_batch.run.naming import Naming, member_key
 from boomerang_batch.run.record import SHEET_NAME
@@ -22,6 +23,8 @@ from boomerang_batch.run.tasks import ShardReport, Task
 
 PAIRS_NAME = "before-after.png"
 _SHARDS, _PER_SHARD = 8, 8
+
+_log = logging.getLogger(__name__)
 
 
 def publish_sheets(
@@ -35,21 +38,27 @@ def publish_sheets(
     """Draw and publish both sheets from the first shards of the output."""
     finished = {report.name for report in done if report.counts.get("ok")}
     chosen = sorted((task for task in tasks if task.name in finished), key=lambda task: task.name)[:_SHARDS]
-    outputs, pairs = [], []
-    for task in chosen:
-        after = dict(_outputs(recipe, storage.join(out, task.name + TAR_SUFFIX)))
-        if not after:
-            continue
-        outputs.append(list(after.values()))
-        before = dict(_inputs(recipe, naming, task, wanted=set(after)))
-        pairs.append([before[key] for key in after if key in before])
-        pairs.append([after[key] for key in after if key in before])
+    outputs = {task: dict(_outputs(recipe, storage.join(out, task.name + TAR_SUFFIX))) for task in chosen}
+    outputs = {task: after for task, after in outputs.items() if after}
     if not outputs:
         return
-    storage.publish_bytes(images.contact_sheet(outputs), storage.join(out, SHEET_NAME))
+    sheet = images.contact_sheet([list(after.values()) for after in outputs.values()])
+    storage.publish_bytes(sheet, storage.join(out, SHEET_NAME))
+
     home = private_dir if recipe.purpose == "anonymize" else out
-    if home is not None and pairs:
-        storage.publish_bytes(images.contact_sheet(pairs), storage.join(home, PAIRS_NAME))
+    if home is None:
+        return
+    pairs = []
+    for task, after in outputs.items():
+        try:
+            before = dict(_inputs(recipe, naming, task, wanted=set(after)))
+        except (StorageError, OSError):
+            # A finished run needs its inputs no more, and they may be gone by now.
+            _log.warning("the input of shard %s can't be read; %s stays as it is", task.name, PAIRS_NAME)
+            return
+        pairs.append([before[key] for key in after if key in before])
+        pairs.append([after[key] for key in after if key in before])
+    storage.publish_bytes(images.contact_sheet(pairs), storage.join(home, PAIRS_NAME))
 
 
 def _outputs(recipe: Recipe, url: str) -> Iterator[tuple[str, np.ndarray]]:
@@ -57,32 +66,39 @@ def _outputs(recipe: Recipe, url: str) -> Iterator[tuple[str, np.ndarray]]:
     shown = 0
     with storage.open_read(url) as stream:
         for item in read_samples(stream, shard=url):
-            if isinstance(item, Sample) and shown < _PER_SHARD:
-                picture = _picture(recipe, item)
-                if picture is not None:
-                    shown += 1
-                    yield item.key, picture
+            picture = _picture(recipe, item) if isinstance(item, Sample) else None
+            if isinstance(item, Sample) and picture is not None:
+                yield item.key, picture
+                shown += 1
+                if shown == _PER_SHARD:
+                    return
 
 
 def _inputs(
     recipe: Recipe, naming: Naming, task: Task, *, wanted: set[str]
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The pictures in the input shard that `wanted` output keys were made from, by output key."""
+    missing = set(wanted)
     with storage.open_read(task.url) as stream:
         for item in read_samples(stream, shard=task.name):
+            if not missing:
+                return
             if not isinstance(item, Sample):
                 continue
             for variant in range(recipe.variants):
                 row_key = naming.row_key(shard=task.source_stem, key=item.key, variant=variant)
                 key = member_key(recipe, row_key, variant)
-                picture = _picture(recipe, item) if key in wanted else None
+                picture = _picture(recipe, item) if key in missing else None
+                missing.discard(key)
                 if picture is not None:
                     yield key, picture
 
 
 def _picture(recipe: Recipe, sample: Sample) -> np.ndarray | None:
+    """Small, as the sheet will show it: many large ones would not fit into memory."""
     try:
         name = fields.image_field(sample, recipe.images)
-        return images.decode(sample.fields[name], field=name, channels=3, policy=recipe.images).pixels
+        picture = images.decode(sample.fields[name], field=name, channels=3, policy=recipe.images)
+        return images.fitted(picture.pixels)
     except BoomerangError:
         return None

@@ -41,6 +41,8 @@ class Prepared:
     placement: geometry.Placement
     x_0: Tensor
     label: int | None
+    label_shows: bool
+    """Whether the row may tell it: under anonymize only where its field travels as it is."""
     travelling: Mapping[str, bytes]
 
 
@@ -115,6 +117,7 @@ class Transform:
             placement=placement,
             x_0=torch.from_numpy(values),
             label=self._label(sample),
+            label_shows=self._label_shows(sample, travelling),
             # In an order of our own, so that under anonymize not even that comes from the input.
             travelling=dict(sorted(travelling.items())),
         )
@@ -198,10 +201,10 @@ class Transform:
             template,
             key=row_key,
             variant=variant,
-            source_digest=self._naming.digest(prepared.image),
+            source_digest=self._naming.source_digest(prepared.image, row_key=row_key),
             output_digest=hashlib.sha256(data).hexdigest(),
             pixel_digest=pixel_digest(written),
-            label=prepared.label if self._label_travels(prepared) else None,
+            label=prepared.label if prepared.label_shows else None,
             width=width,
             height=height,
         )
@@ -222,6 +225,8 @@ class Transform:
             offset=None if self._private else source.offset,
         )
 
-    def _label_travels(self, prepared: Prepared) -> bool:
+    def _label_shows(self, sample: Sample, travelling: Mapping[str, bytes]) -> bool:
         labels = self._recipe.model.class_labels
-        return labels is not None and (not self._private or labels.field in prepared.travelling)
+        if labels is None or not self._private:
+            return labels is not None
+        return labels.field in travelling and travelling[labels.field] == sample.fields.get(labels.field)
