@@ -99,13 +99,14 @@ def main() -> None:
         "--data", type=Path, required=True, help="folder of Fashion-MNIST's four gzip'd IDX files"
     )
     parser.add_argument("--cache", type=Path, default=Path(".cache/benchmarks"))
-    parser.add_argument("--recipe", default="demo-anonymize")
+    parser.add_argument("--recipe", help="default: demo-augment, or demo-anonymize with --as-is")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--as-is", action="store_true", help="only the recipe's own t, and its bars")
     args = parser.parse_args()
 
+    args.recipe = args.recipe or ("demo-anonymize" if args.as_is else "demo-augment")
     judge, judge_accuracy = classifier.real_classifier(args.data, args.cache)
     recipe = load_recipe(args.recipe, args.overrides)
     sources, labels = demo_images(recipe, args.samples)
