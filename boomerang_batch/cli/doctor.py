@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from boomerang_batch.cli.inputs import load_recipe
+from boomerang_batch.cli.inputs import load_recipe, recipe_options
 
 if TYPE_CHECKING:
     from boomerang_batch.diffusion.engine import Engine
@@ -14,15 +14,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("pipeline")
-@click.option(
-    "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
-    default="auto",
-    show_default=True,
-    help="auto: CUDA where there is any.",
-)
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all cores]")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe field.")
+@recipe_options
 def doctor(pipeline: str, device: str, threads: int | None, overrides: tuple[str, ...]) -> None:
     """Load PIPELINE's model here and show its nodes, the stack, and whether batches are independent."""
     import os

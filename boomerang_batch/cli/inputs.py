@@ -6,12 +6,34 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING
 
+import click
+
 if TYPE_CHECKING:
     from boomerang_batch.config.pipeline import Recipe
+
+
+def recipe_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of every command that loads a recipe's model: --device, --threads, --set."""
+    options = (
+        click.option(
+            "--device",
+            type=click.Choice(["auto", "cpu", "cuda"]),
+            default="auto",
+            show_default=True,
+            help="auto: CUDA where there is any.",
+        ),
+        click.option(
+            "--threads", type=click.IntRange(min=1), help="CPU threads a worker.  [default: all cores]"
+        ),
+        click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe field."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 def load_recipe(ref: str, overrides: Sequence[str] = ()) -> Recipe:

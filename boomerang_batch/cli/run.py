@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from boomerang_batch.cli.inputs import load_recipe, stop_on_signals
+from boomerang_batch.cli.inputs import load_recipe, recipe_options, stop_on_signals
 
 if TYPE_CHECKING:
     from boomerang_batch.run.tasks import RunReport
@@ -27,18 +27,10 @@ if TYPE_CHECKING:
     help="inline: no Ray. local: a Ray of its own on this machine. Else a Ray cluster's address.",
 )
 @click.option("--workers", type=click.IntRange(min=1), help="Ray workers.  [default: one per GPU, else 1]")
-@click.option(
-    "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
-    default="auto",
-    show_default=True,
-    help="auto: CUDA where there is any.",
-)
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads per worker.  [default: all cores]")
+@recipe_options
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the manifest's first N shards.")
 @click.option("--extend", is_flag=True, help="Accept a manifest that adds shards to the run in OUT.")
 @click.option("--accept-stack", is_flag=True, help="Resume on another stack, and record that in run.json.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe field.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.pass_context
 def run(context: click.Context, pipeline: str, manifest: str, out: str, private_dir: str | None, address: str,
