@@ -260,14 +260,14 @@ GOLDEN_CANONICAL = {
         "subfolder": None,
     },
     "purpose": "augment",
-    "sampler": {"clip": None, "data_variance": None, "eta": 1.0, "variance": "fixed_small"},
+    "sampler": {"clip": None, "data_variance": None, "eta": 1.0, "order": 1, "variance": "fixed_small"},
     "seed": 7,
     "start": "exact",
     "steps": 20,
     "t": {"fraction": 0.4},
     "variants": 1,
 }
-GOLDEN_DIGEST = "b570c4673016c6a9344337a0a3c7631244e6162146685b075b2c5fa6963d23b7"
+GOLDEN_DIGEST = "63477098015b19842a7c45350a2eca02c54db48870deddf550ad273510127772"
 
 
 def test_the_canonical_form_spells_out_every_default():

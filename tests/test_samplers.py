@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
@@ -17,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from boomerang_batch.diffusion.samplers import Solver, build_solver, predicted_x0, step
+from boomerang_batch.diffusion.samplers import Solver, build_solver, led_on, move, predicted_x0, step
 from boomerang_batch.diffusion.schedule import (
     NoiseLevels,
     Schedule,
@@ -476,3 +477,37 @@ def test_a_schedule_of_no_steps_has_a_solver():
             schedule, prediction="epsilon", eta=1, variance=variance, data_variance=data_variance
         )
         assert bool(solver.noise.isfinite().all())
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own
+@pytest.mark.parametrize("steps", [5, 20, 50])
+@pytest.mark.parametrize("share", [0.3, 0.7, 1.0])
+def test_order_two_is_dpm_solver_multistep(steps, share):
+    """A walk begun in the middle, against diffusers' own: first and last step of order 1, 2M between."""
+    scheduler = DPMSolverMultistepScheduler(beta_schedule="linear", timestep_spacing="linspace")
+    scheduler.set_timesteps(steps)
+    told = scheduler.timesteps.tolist()[-max(1, round(share * steps)) :]
+    levels = vp_levels(scheduler.alphas_cumprod)
+    schedule = build_schedule(
+        levels, grid=sorted(told), steps=len(told), t=("timestep", told[0] + 1), start="exact"
+    )
+    solver = build_solver(schedule, prediction="epsilon", eta=0.0, order=2)
+    x = theirs = normals(3, torch.float32)
+    before = None
+    for i, tau in zip(range(schedule.n, 0, -1), told, strict=True):
+        node = torch.full((len(x),), i)
+        clean = predicted_x0(solver, x, network(x, tau), node)
+        x = move(solver, x, led_on(solver, clean, before, node), node, torch.zeros_like(x))
+        before = clean
+        theirs = scheduler.step(network(theirs, tau), tau, theirs).prev_sample
+    assert rms(x - theirs) <= 1e-3 * rms(theirs)
+
+
+def test_order_two_is_refused_with_fresh_noise():
+    with pytest.raises(ConfigError, match="order 2 with eta 1"):
+        build_solver(
+            build_schedule(LINEAR, grid="linspace", steps=5, t=("fraction", 0.5), start="exact"),
+            prediction="epsilon",
+            eta=1.0,
+            order=2,
+        )

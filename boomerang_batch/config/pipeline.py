@@ -86,9 +86,10 @@ class T(_Block):
 
 
 class Sampler(_Block):
-    """The reverse process. eta=1 with fixed_small is the paper's; eta=0 is DDIM."""
+    """The reverse process. eta=1 with fixed_small is the paper's; eta=0 is DDIM, order 2 DPM-Solver++(2M)."""
 
     eta: float = Field(1.0, ge=0, le=1)
+    order: Literal[1, 2] = 1
     variance: Literal["fixed_small", "fixed_large", "optimal"] = "fixed_small"
     data_variance: float | None = Field(
         None, gt=0, description="per-element variance of the data, for `optimal`"
@@ -98,7 +99,9 @@ class Sampler(_Block):
     )
 
     @model_validator(mode="after")
-    def _variance_fits(self) -> Sampler:
+    def _parts_fit(self) -> Sampler:
+        if self.order == 2 and self.eta != 0:
+            raise ValueError(f"order 2 (DPM-Solver++(2M)) is defined for eta 0 only; eta is {self.eta}")
         if self.variance != "fixed_small" and self.eta != 1.0:
             raise ValueError(f"variance {self.variance} is defined for eta 1 only; eta is {self.eta}")
         if (self.variance == "optimal") != (self.data_variance is not None):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from boomerang_batch.diffusion.denoiser import Denoiser
 from boomerang_batch.diffusion.noise import Purpose, key_words, normal
-from boomerang_batch.diffusion.samplers import Solver, step
+from boomerang_batch.diffusion.samplers import Solver, led_on, move, predicted_x0
 from boomerang_batch.diffusion.schedule import Schedule
 
 
@@ -72,8 +72,11 @@ def boomerang(
     x_t = alpha * x_0 + sigma * noise.forward(node)
 
     # Back: the partial reverse diffusion, node n down to node 0.
+    before = None
     for i in range(n, 0, -1):
         node = torch.full((len(x_0),), i, dtype=torch.int64)
         output = denoiser.denoise(x_t, schedule.tau[node], labels)
-        x_t = step(solver, x_t, output, node, noise.reverse(node))
+        clean = predicted_x0(solver, x_t, output, node)
+        x_t = move(solver, x_t, led_on(solver, clean, before, node), node, noise.reverse(node))
+        before = clean
     return x_t

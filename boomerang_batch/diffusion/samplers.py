@@ -7,7 +7,8 @@ noise (DDIM: arXiv 2010.02502, eq. 12 and 16):
     zeta^2 = eta^2 * (sigma'^2 / sigma^2) * (sigma^2 - (alpha / alpha')^2 * sigma'^2)
 
 eta = 1 is DDPM and Euler-ancestral, eta = 0 is DDIM and Euler. w is zeta for the paper's `fixed_small`; the
-other variance choices widen w alone. Every table is float64; the state is float32.
+other variance choices widen w alone. DPM-Solver++(2M) (arXiv 2211.01095) is the step of eta = 0 with x0h led
+on by its change since the node before. Every table is float64; the state is float32.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ class Solver:
     """sqrt(sigma'^2 - zeta^2), the weight of eh."""
     noise: Tensor
     """w, the standard deviation of the fresh noise."""
+    lead: Tensor | None
+    """How far order 2 leads x0h on, as a share of its change since the node before; None for order 1."""
 
 
 def build_solver(
@@ -51,8 +54,11 @@ def build_solver(
     variance: Variance = "fixed_small",
     data_variance: float | None = None,
     clip_range: float | None = None,
+    order: int = 1,
 ) -> Solver:
     """Tables for walking `schedule` downwards.
+
+    order 2 is DPM-Solver++(2M), for eta 0; its first and last steps are of order 1.
 
     fixed_small: zeta^2, the posterior variance of the forward chain (the paper's choice).
     fixed_large: the forward chain's own variance beta (eta 1; not for flow, whose beta is unbounded).
@@ -62,6 +68,8 @@ def build_solver(
     """
     if not 0 <= eta <= 1:
         raise ConfigError(f"eta {eta:g} lies outside 0..1, between DDIM (0) and DDPM (1)")
+    if order not in (1, 2) or (order == 2 and eta != 0):
+        raise ConfigError(f"order {order} with eta {eta:g} is not defined; order is 1, or 2 with eta 0")
     alpha, sigma = schedule.alpha, schedule.sigma
     if prediction in ("epsilon", "score") and bool((alpha == 0).any()):
         raise ConfigError(
@@ -98,7 +106,17 @@ def build_solver(
         alpha_next=alpha_next,
         direction=direction,
         noise=(eta**2 * posterior + extra).clamp(min=0).sqrt(),
+        lead=_lead(schedule) if order == 2 else None,
     )
+
+
+def _lead(schedule: Schedule) -> Tensor:
+    """h / (2 h_before), h being a step's length in log(alpha / sigma); 0 for the first step and the last."""
+    log_ratio = (schedule.alpha / schedule.sigma).log()
+    length = log_ratio[:-1] - log_ratio[1:]  # of the step that leaves node 1, 2, ...
+    lead = torch.zeros_like(log_ratio)
+    lead[2:-1] = length[1:-1] / (2 * length[2:])
+    return lead
 
 
 def predicted_x0(solver: Solver, x_t: Tensor, output: Tensor, node: Tensor) -> Tensor:
@@ -126,7 +144,18 @@ def step(solver: Solver, x_t: Tensor, output: Tensor, node: Tensor, z: Tensor) -
     x_t, output, z (B, C, H, W); node (B,) int64, all >= 1. The noise estimate is re-derived from the clamped
     x_0, which makes eta = 1 with clamping equal to DDPM's own step.
     """
-    x0 = predicted_x0(solver, x_t, output, node)
+    return move(solver, x_t, predicted_x0(solver, x_t, output, node), node, z)
+
+
+def led_on(solver: Solver, x0: Tensor, before: Tensor | None, node: Tensor) -> Tensor:
+    """The clean sample an order-2 solver steps with: x0, led on by its change since the node `before` it."""
+    if solver.lead is None or before is None:
+        return x0
+    return x0 + _rows(solver.lead, node, x0) * (x0 - before)
+
+
+def move(solver: Solver, x_t: Tensor, x0: Tensor, node: Tensor, z: Tensor) -> Tensor:
+    """`step`, for a clean sample x0 (B, C, H, W) that is already known."""
     alpha, sigma = _rows(solver.alpha, node, x_t), _rows(solver.sigma, node, x_t)
     eps = (x_t - alpha * x0) / sigma
     return (

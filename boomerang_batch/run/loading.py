@@ -49,6 +49,7 @@ def recipe_solver(recipe: Recipe, model: DenoiserSpec, schedule: Schedule) -> So
         schedule,
         prediction=model.prediction,
         eta=recipe.sampler.eta,
+        order=recipe.sampler.order,
         variance=recipe.sampler.variance,
         data_variance=recipe.sampler.data_variance,
         clip_range=clip_range,

@@ -83,7 +83,7 @@ class Telemetry:
         images = self._finished_images + sum(self._images_in_flight.values())
         rate = images / max(now - self._started, 1e-9)
         if self._bar is not None:
-            note = f"{images} images, {rate:.1f}/s" + (f", {self._failed} failed" if self._failed else "")
+            note = f"{images} images, {rate:.1f}/s, {self._failed} failed"
             self._bar.update(self._row, completed=self._done, note=note)
         elif not self._quiet and (force or now - self._last_line >= _LINE_EVERY_S):
             self._last_line = now

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from boomerang_batch.config.pipeline import Recipe
+from boomerang_batch.config.pipeline import Recipe, Sampler
 from boomerang_batch.data import fields, geometry, images
 from boomerang_batch.data.formats import output_field
 from boomerang_batch.data.provenance import Row, Status, pixel_digest
@@ -83,7 +83,7 @@ class Transform:
             tau=float(schedule.tau[-1]),
             sigma=schedule.relative_sigma,
             evaluations=schedule.n,
-            sampler=f"ancestral {recipe.sampler.variance}" if recipe.sampler.eta else "ddim",
+            sampler=_sampler_name(recipe.sampler),
             eta=recipe.sampler.eta,
             noise_key_id=naming.noise_key_id,
         )
@@ -230,3 +230,10 @@ class Transform:
         if labels is None or not self._private:
             return labels is not None
         return labels.field in travelling and travelling[labels.field] == sample.fields.get(labels.field)
+
+
+def _sampler_name(sampler: Sampler) -> str:
+    """The sampler column: the name the field has for what the recipe asks for."""
+    if sampler.eta:
+        return f"ancestral {sampler.variance}"
+    return "ddim" if sampler.order == 1 else "dpm-solver++2m"
