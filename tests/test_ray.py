@@ -187,8 +187,7 @@ def test_kills_at_random_moments_change_no_byte(tmp_path: Path, tiny_model: Path
         if driver.returncode != -signal.SIGKILL:
             break
     assert driver.returncode == 0, (stdout, stderr)
-    assert killed_drivers == driver_kills
-    assert killed_workers >= min(worker_kills, 3)
+    assert (killed_drivers, killed_workers) == (driver_kills, worker_kills)
     assert worlds.tree(out) == worlds.tree(tmp_path / "calm")
     assert verify(str(out), deep=True).problems == ()
 
