@@ -146,9 +146,9 @@ def test_a_poisoned_shard_is_quarantined_and_its_neighbours_are_not(
 
 @pytest.mark.timeout(1800)
 def test_kills_at_random_moments_change_no_byte(tmp_path: Path, tiny_model: Path, secret: str):
-    """Workers and drivers are SIGKILLed while 40 shards are made; the tree ends as if nothing had happened."""
-    worker_kills, driver_kills = (20, 5) if LONG else (4, 1)
-    manifest = worlds.save_shards(tmp_path / "in", shards=40, samples=6)
+    """Workers and drivers are SIGKILLed while shards are made; the tree ends as if nothing had happened."""
+    worker_kills, driver_kills, shards = (20, 5, 120) if LONG else (4, 1, 40)
+    manifest = worlds.save_shards(tmp_path / "in", shards=shards, samples=6)
     recipe_file = tmp_path / "recipe.yaml"
     recipe_file.write_text(worlds.recipe_text(tiny_model))
     slower = ("t.fraction=1.0", "steps=20")
@@ -162,7 +162,7 @@ def test_kills_at_random_moments_change_no_byte(tmp_path: Path, tiny_model: Path
         "--device", "cpu", *(word for override in slower for word in ("--set", override)),
     ]  # fmt: skip
     dice = random.Random(2210_12100)
-    killed_workers = killed_drivers = 0
+    killed_workers = killed_drivers = done_at_kill = 0
     while True:
         driver = subprocess.Popen(
             command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
@@ -170,14 +170,16 @@ def test_kills_at_random_moments_change_no_byte(tmp_path: Path, tiny_model: Path
         committed = _markers(out)
         try:
             while driver.poll() is None:
-                time.sleep(dice.uniform(0.2, 1.5))
+                time.sleep(dice.uniform(0.05, 0.6))
                 fresh = _markers(out) - committed
                 if killed_drivers < driver_kills and fresh and dice.random() < 0.5:
                     driver.kill()
                     killed_drivers += 1
                     break
+                # A kill waits for some progress since the last: three deaths in a row while loading end a run.
                 workers = _descendants(driver.pid, "ray::Worker")
-                if killed_workers < worker_kills and workers:
+                if killed_workers < worker_kills and workers and _markers(out) > done_at_kill:
+                    done_at_kill = _markers(out)
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(dice.choice(workers), signal.SIGKILL)
                         killed_workers += 1
