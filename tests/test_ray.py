@@ -43,8 +43,8 @@ def cluster() -> Iterator[None]:
     environment = {"RAY_AUTH_MODE": "disabled", "BOOMERANG_SECRET": worlds.SECRET}
     os.environ |= environment
     ray.init(
-        address="local", num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False, logging_level="error",
-        configure_logging=False,
+        address="local", num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False,
+        logging_level="error", configure_logging=False,
     )  # fmt: skip
     yield
     ray.shutdown()
