@@ -103,6 +103,10 @@ def test_two_gpus_two_actors_and_one_load_each(tmp_path: Path, tiny_model: Path,
 
         def run(self, task):
             (loads / f"task-{os.getpid()}-{task.name}").touch()
+            # The first worker could do everything before the second has loaded: wait until both are at work.
+            deadline = time.monotonic() + 120
+            while len(_workers_at_work(loads)) < 2 and time.monotonic() < deadline:
+                time.sleep(0.05)
             return super().run(task)
 
     recipe = worlds.recipe(tiny_model, purpose="augment")
@@ -111,8 +115,11 @@ def test_two_gpus_two_actors_and_one_load_each(tmp_path: Path, tiny_model: Path,
     assert [report.status for report in reports.values()] == ["done"] * 6
     loaded = [path.name.split("-")[1:] for path in loads.glob("load-*")]
     assert sorted(gpu for _, gpu in loaded) == ["0", "1"]
-    worked = {path.name.split("-")[1] for path in loads.glob("task-*")}
-    assert worked == {pid for pid, _ in loaded}
+    assert _workers_at_work(loads) == {pid for pid, _ in loaded}
+
+
+def _workers_at_work(loads: Path) -> set[str]:
+    return {path.name.split("-")[1] for path in loads.glob("task-*")}
 
 
 def test_a_model_that_can_not_load_is_one_clear_error(tmp_path: Path, tiny_model: Path, cluster: None):
