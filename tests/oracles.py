@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from boomerang_batch.diffusion.denoiser import DenoiserSpec, Prediction
+from boomerang_batch.diffusion.denoiser import Condition, DenoiserSpec, Prediction
+from boomerang_batch.diffusion.samplers import Solver, step
 from boomerang_batch.diffusion.schedule import Kind, NoiseLevels, flow_levels, ve_levels, vp_levels
 
 
@@ -64,7 +65,13 @@ class Oracle:
     def spec(self) -> DenoiserSpec:
         return self._spec
 
-    def denoise(self, x_t: Tensor, tau: Tensor, labels: Tensor | None) -> Tensor:
+    def encode(self, images: Tensor) -> Tensor:
+        return images
+
+    def decode(self, x_0: Tensor) -> Tensor:
+        return x_0
+
+    def denoise(self, x_t: Tensor, tau: Tensor, conditions: Sequence[Condition]) -> Tensor:
         self.evaluations += 1
         self.told.append(tau)
         assert tau.dtype == torch.float64
@@ -165,6 +172,11 @@ def self_weights(x: Tensor, stored: Tensor, alpha: Tensor, sigma: Tensor) -> Ten
     a, s = alpha.view(-1, 1), sigma.view(-1, 1)
     products = a * (x.flatten(1) @ stored.T) - a**2 * (stored**2).sum(1) / 2
     return torch.softmax(products / s**2, dim=1)
+
+
+def step_from(solver: Solver, x_t: Tensor, output: Tensor, node: Tensor, z: Tensor) -> Tensor:
+    """One step of a batch whose samples stand at `node` (B,) of one walk."""
+    return step(solver.table[node], x_t, output, z)[0]
 
 
 class GivenNoise:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from boomerang_batch.diffusion.boomerang import KeyedNoise, boomerang
+from boomerang_batch.diffusion.denoiser import Condition
 from boomerang_batch.diffusion.noise import Purpose, key_words, noise_key, normal
-from boomerang_batch.diffusion.samplers import build_solver, step
+from boomerang_batch.diffusion.samplers import build_solver
 from boomerang_batch.diffusion.schedule import Schedule, build_schedule
-from tests.oracles import GivenNoise, Oracle, SequentialNoise, linear_levels, mixture_oracle
+from tests.oracles import GivenNoise, Oracle, SequentialNoise, linear_levels, mixture_oracle, step_from
 
 LINEAR = linear_levels()
 SHAPE = (4, 2, 3, 3)
@@ -66,7 +68,7 @@ def test_it_is_algorithm_1_written_out():
     x = schedule.alpha[schedule.n] * x_0 + schedule.sigma[schedule.n] * draws[0]
     for i in range(schedule.n, 0, -1):
         node = torch.full((len(x),), i)
-        x = step(solver, x, oracle.denoise(x, schedule.tau[node], None), node, draws[i])
+        x = step_from(solver, x, oracle.denoise(x, schedule.tau[node], [None] * len(x)), node, draws[i])
 
     assert torch.equal(boomerang(x_0, oracle, schedule, solver, GivenNoise(draws[0], draws)), x)
 
@@ -107,19 +109,19 @@ def test_the_input_is_not_touched_and_its_dtype_kept(timestep):
         assert torch.equal(x_0, before)
 
 
-def test_labels_reach_the_denoiser_at_every_evaluation():
+def test_conditions_reach_the_denoiser_at_every_evaluation():
     seen = []
 
     class Labelled(Oracle):
-        def denoise(self, x_t: Tensor, tau: Tensor, labels: Tensor | None) -> Tensor:
-            seen.append(labels)
-            return super().denoise(x_t, tau, labels)
+        def denoise(self, x_t: Tensor, tau: Tensor, conditions: Sequence[Condition]) -> Tensor:
+            seen.append(conditions)
+            return super().denoise(x_t, tau, conditions)
 
-    schedule, labels, x_0 = schedule_at(300), torch.tensor([3, 1, 4, 1]), normals(1)
+    schedule, labels, x_0 = schedule_at(300), [3, 1, 4, 1], normals(1)
     oracle = Labelled(lambda x, alpha, sigma: torch.tanh(x), SHAPE[1:], LINEAR)
     boomerang(x_0, oracle, schedule, solver_of(schedule), SequentialNoise(x_0, 2), labels)
     assert len(seen) == schedule.n
-    assert all(torch.equal(got, labels) for got in seen)
+    assert all(got == labels for got in seen)
 
 
 def test_a_perfect_denoiser_undoes_the_jump_without_fresh_noise():
@@ -127,7 +129,7 @@ def test_a_perfect_denoiser_undoes_the_jump_without_fresh_noise():
     x_0, eps = normals(1), normals(2)
 
     class Perfect(Oracle):
-        def denoise(self, x_t: Tensor, tau: Tensor, labels: Tensor | None) -> Tensor:
+        def denoise(self, x_t: Tensor, tau: Tensor, conditions: Sequence[Condition]) -> Tensor:
             return eps
 
     for timestep, steps in itertools.product((1, 137, 700), (1, 20, 1000)):

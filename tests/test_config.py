@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import random
@@ -11,7 +12,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from boomerang_batch.config.pipeline import Recipe, parse_recipe
+from boomerang_batch.config.forms import TAGS
+from boomerang_batch.config.pipeline import FromField, Recipe, Spread, Upscale, parse_recipe
 from boomerang_batch.errors import RecipeError
 
 AUGMENT = {
@@ -54,6 +56,13 @@ def refusal(data, *overrides):
             "model.class_labels.guidence",
             "guidance",
         ),
+        ({"variants": 2, "t": [{"fraction": 0.4}, {"fracton": 0.5}]}, "t.1.fracton", "fraction"),
+        ({"model": {"source": "x", "prompts": {"guidence": 1}}}, "model.prompts.guidence", "guidance"),
+        ({"model": {"source": "x", "autoencoder": {"scales": 1}}}, "model.autoencoder.scales", "scale"),
+        ({"images": {"tiles": {"overlaps": 8}}}, "images.tiles.overlaps", "overlap"),
+        ({"upscale": {"factr": 2}}, "upscale.factr", "factor"),
+        ({"region": {"feild": "mask.png"}}, "region.feild", "field"),
+        ({"passes": {"counts": 2}}, "passes.counts", "count"),
     ],
 )
 def test_an_unknown_key_is_told_with_the_nearest_known_one(change, place, nearest):
@@ -64,6 +73,73 @@ def test_an_unknown_key_is_told_with_the_nearest_known_one(change, place, neares
 def test_an_unknown_key_near_nothing_is_told_with_all_known_ones():
     message = refusal(AUGMENT | {"run": {"zzz": 1}})
     assert message == "recipe.yaml: unknown key run.zzz; known: max_attempts, workers"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"t": [0.4]}, "t.0 needs its unit, for example t: {fraction: 0.4}; or timestep, sigma, snr"),
+        (
+            {"t": {"fraction": [0.2, 0.4]}},
+            "t.fraction: write a number, or {uniform: [low, high]} or {field: NAME} with nothing beside "
+            "(given: [0.2, 0.4])",
+        ),
+        (
+            {"t": {"sigma": {"uniform": [0.2, 0.4], "field": "x"}}},
+            "t.sigma: write a number, or {uniform: [low, high]} or {field: NAME} with nothing beside",
+        ),
+        (
+            {"t": {"sigma": {"unifrom": [0.2, 0.4]}}},
+            "t.sigma: write a number, or {uniform: [low, high]} or {field: NAME} with nothing beside",
+        ),
+        (
+            {"t": {"fraction": {"uniform": [0.4, 0.2]}}},
+            "t.fraction: uniform takes the lower and the higher end, both at least 0; it is 0.4, 0.2",
+        ),
+        ({"t": {"fraction": {"uniform": [0.4]}}}, "t.fraction.uniform: the list ends before its item 2"),
+        ({"t": {"fraction": {"uniform": 0.4}}}, "t.fraction.uniform: must be a list (given: 0.4)"),
+        (
+            {"t": {"sigma": {"uniform": ["1e-3", 2]}}},
+            "t.sigma.uniform.0: YAML reads 1e-3 as text; write it with a decimal point, like 1.0e-3",
+        ),
+        ({"t": {"fraction": {"uniform": [0.4, 1.2]}}}, "t.fraction: both ends of uniform must be in 0..1"),
+        ({"t": {"timestep": {"uniform": [0.5, 2]}}}, "t.timestep: both ends of uniform must be whole numbers"),
+        ({"t": {"snr": {"uniform": [0, 2]}}}, "t.snr: both ends of uniform must be above 0"),
+        (
+            {"t": {"sigma": {"field": ""}}},
+            "t.sigma.field: String should have at least 1 character (given: '')",
+        ),
+        ({"steps": "1e3"}, "steps: YAML reads 1e3 as text; write it as a whole number"),
+        ({"batch_size": "many"}, "batch_size: must be a valid integer (given: 'many')"),
+        ({"batch_size": 0}, "batch_size: must be greater than or equal to 1 (given: 0)"),
+        ({"grid": [0, "5"]}, "grid.1: YAML reads 5 as text; write it as a whole number"),
+        ({"images": {"sizes": [64, 64]}}, "images.sizes.0: must be a list (given: 64); "),
+        (
+            {"images": {"sizes": [[64, 0]]}},
+            "images.sizes.0.1: must be greater than or equal to 1 (given: 0)",
+        ),
+        ({"model": "folder"}, "model: must be a block of keys (given: 'folder')"),
+        ({"name": "../up"}, "name: must be 1 to 63 lower-case letters, digits and hyphens, no hyphen first"),
+        (
+            {"model": {"source": "x", "revision": "main"}},
+            "model.revision: must be a commit's 40 hex digits, no branch or tag (given: 'main')",
+        ),
+        (
+            {"model": {"source": "entry-point:x", "options": {"a": [1]}}},
+            "model.options.a: write true or false, a number or a text (given: [1])",
+        ),
+        (
+            {"model": {"source": "entry-point:x", "options": {"a": math.nan}}},
+            "model.options.a: must be a finite number (given: nan)",
+        ),
+    ],
+)
+def test_a_mistake_in_one_of_several_forms_is_told_once(change, message):
+    told = refusal(AUGMENT | change)
+    assert told.startswith(f"recipe.yaml: {message}")
+    assert "<" not in told  # the names of forms are for us
+    if not message.endswith("; "):
+        assert "; " not in told.removeprefix(f"recipe.yaml: {message}")
 
 
 def test_every_problem_is_told_at_once():
@@ -117,6 +193,28 @@ def test_t_takes_each_unit_zero_included(unit, value):
     assert parse(AUGMENT | {"t": {unit: value}}).t.unit == (unit, value)
 
 
+@pytest.mark.parametrize(
+    ("unit", "low", "high", "least"),
+    [("fraction", 0, 1, 0), ("timestep", 100, 800, 100), ("sigma", 0.5, 30, 0.5), ("snr", 0.01, 4, 4)],
+)
+def test_t_may_be_drawn_or_brought_along(unit, low, high, least):
+    drawn = parse(AUGMENT | {"t": {unit: {"uniform": [low, high]}}}).t
+    assert drawn.unit == (unit, Spread(uniform=(low, high)))
+    assert drawn.least_noise == (unit, least)
+    brought = parse(AUGMENT | {"t": {unit: {"field": "noise.txt"}}}).t
+    assert brought.unit == (unit, FromField(field="noise.txt"))
+    assert brought.least_noise is None
+
+
+def test_a_t_for_each_variant():
+    levels = [{"fraction": 0.2}, {"sigma": {"uniform": [1, 2]}}]
+    recipe = parse(AUGMENT | {"variants": 2, "t": levels, "passes": {"count": 3, "outputs": "all"}})
+    assert [level.unit[0] for level in recipe.levels] == ["fraction", "sigma"]
+    assert recipe.outputs == 6
+    assert "t lists 2 levels for 3 variants" in refusal(AUGMENT | {"variants": 3, "t": levels})
+    assert "t lists 0 levels for 1 variants" in refusal(AUGMENT | {"t": []})
+
+
 def test_a_number_that_yaml_reads_as_text_is_explained():
     message = refusal(AUGMENT, "t.sigma=1e-3")
     assert message == (
@@ -148,6 +246,52 @@ def test_a_number_that_yaml_reads_as_text_is_explained():
         (AUGMENT | {"grid": "linspac"}, "recipe.yaml: grid: "),
         (AUGMENT | {"fields": {"fields": {"cls": "keeep"}}}, "fields.fields.cls: "),
         (AUGMENT | {"images": None}, "images: "),
+        (ANONYMIZE | {"t": {"sigma": 0}}, "t sigma 0 comes to 0 evaluations"),
+        (ANONYMIZE | {"t": {"fraction": {"uniform": [0, 0.8]}}}, "let a uniform t begin above 0"),
+        (ANONYMIZE | {"variants": 2, "t": [{"snr": 1.0}, {"timestep": 0}]}, "t timestep 0 comes to 0"),
+        (ANONYMIZE | {"upscale": {"factor": 2, "consistent": True}}, "upscale.consistent makes each output"),
+        (ANONYMIZE | {"fields": {"default": "pseudonymize"}}, "list what may travel"),
+        (AUGMENT | {"sampler": {"eta": 0.5, "variance": "learned"}}, "for eta 1 only"),
+        (AUGMENT | {"region": {"field": "mask.png"}}, "set images.resize to contain, stretch or pad"),
+        (
+            AUGMENT | {"region": {"field": "mask.png"}, "images": {"resize": "pad", "restore_size": False}},
+            "remove images.restore_size: false",
+        ),
+        (
+            AUGMENT | {"region": {"field": "x"}, "images": {"resize": "pad"}, "upscale": {"factor": 2}},
+            "remove one of them",
+        ),
+        (
+            AUGMENT | {"region": {"field": "png"}, "images": {"resize": "pad"}},
+            "region.field png is the image's own field",
+        ),
+        (
+            AUGMENT | {"images": {"tiles": {"overlap": 8}, "sizes": [[64, 64]]}},
+            "images: sizes and tiles are two answers",
+        ),
+        (AUGMENT | {"images": {"sizes": [[64, 64], [64, 64]]}}, "images: sizes lists one size twice"),
+        (AUGMENT | {"passes": {"count": 0}}, "passes.count: "),
+        (
+            AUGMENT | {"model": {"source": "x", "prompts": {}, "class_labels": {}}},
+            "model: a model is told a class or a text, not both",
+        ),
+        (
+            AUGMENT | {"model": {"source": "x", "prompts": {"text": "a", "field": "txt"}}},
+            "model.prompts: prompts come from text or from a field, not from both",
+        ),
+        (AUGMENT | {"model": {"source": "x", "options": {"a": 1}}}, "options go to an entry point's factory"),
+        (
+            AUGMENT
+            | {
+                "model": {
+                    "source": "entry-point:x",
+                    "dtype": "bfloat16",
+                    "autoencoder": {"scale": 0.2},
+                    "prompts": {"guidance": 2.0},
+                }
+            },
+            "so dtype, autoencoder.scale, prompts.guidance would say nothing; tell it by options",
+        ),
     ],
 )
 def test_what_contradicts_itself_is_refused(data, told):
@@ -189,6 +333,50 @@ def test_arbitrary_text_never_escapes_as_another_error(text):
         parse_recipe(text, source="recipe.yaml")
 
 
+RICH = AUGMENT | {
+    "variants": 2,
+    "t": [{"fraction": {"uniform": [0.1, 0.8]}}, {"sigma": {"field": "noise.txt"}}],
+    "grid": [0, 10, 20],
+    "model": {"source": "entry-point:x", "options": {"a": 1}, "prompts": {"field": "txt"}},
+    "images": {"resize": "pad", "sizes": [[64, 32]]},
+    "passes": {"count": 2},
+    "region": {"field": "mask.png"},
+    "fields": {"fields": {"txt": "keep"}},
+    "batch_size": "auto",
+}
+
+
+def places(data, path=()):
+    """The paths of everything in `data`."""
+    if path:
+        yield path
+    for key in data if isinstance(data, dict) else range(len(data)) if isinstance(data, list) else ():
+        yield from places(data[key], (*path, key))
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 3000) | st.floats() | st.text(max_size=5) | st.just("1e3"),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(sorted(places(RICH), key=str)), ANYTHING)
+def test_any_value_anywhere_is_taken_or_told_in_one_line_without_our_words(path, value):
+    data = json.loads(json.dumps(RICH))
+    node = data
+    for key in path[:-1]:
+        node = node[key]
+    node[path[-1]] = value
+    with contextlib.suppress(RecipeError):
+        parse_recipe(json.dumps(data), source="recipe.yaml")
+        return
+    told = refusal(data)
+    assert not any(tag in told for tag in TAGS)
+    assert "union" not in told
+
+
 # --- --set ---
 
 
@@ -210,6 +398,19 @@ def test_overrides_reach_any_depth_and_later_ones_win():
 
 def test_an_override_of_t_replaces_the_recipes_own_unit():
     assert parse(AUGMENT, "t.sigma=.5").t.unit == ("sigma", 0.5)
+    drawn = parse(AUGMENT, "t.fraction.uniform=[0.1, 0.8]").t.unit
+    assert drawn == ("fraction", Spread(uniform=(0.1, 0.8)))
+
+
+def test_an_override_of_t_replaces_a_list_as_a_whole():
+    listed = AUGMENT | {"variants": 2, "t": [{"fraction": 0.2}, {"fraction": 0.6}]}
+    assert parse(listed, "t.fraction=0.3").levels == parse(AUGMENT | {"t": {"fraction": 0.3}}).levels
+    assert len(parse(AUGMENT, "variants=2", "t=[{sigma: 1}, {sigma: 2}]").levels) == 2
+    assert "unknown key t.0" in refusal(listed, "t.0.fraction=0.3")
+
+
+def test_an_override_opens_a_block_that_is_null():
+    assert parse(AUGMENT | {"upscale": None}, "upscale.factor=4").upscale == Upscale(factor=4)
 
 
 def test_an_override_equals_the_same_words_in_the_file():
@@ -235,6 +436,7 @@ def test_a_bad_override_is_told(override, told):
 
 GOLDEN_CANONICAL = {
     "batch_size": 16,
+    "batching": "fixed",
     "fields": {"default": None, "fields": {}, "json_keys": {}},
     "format_version": 1,
     "grid": "linspace",
@@ -247,27 +449,37 @@ GOLDEN_CANONICAL = {
         "quality": 95,
         "resize": "cover",
         "restore_size": True,
+        "sizes": [],
+        "tiles": None,
     },
     "keep_originals": False,
     "method": "boomerang",
     "model": {
+        "autoencoder": {"batch_size": 1, "float32": False, "scale": None},
         "channels_last": False,
         "class_labels": None,
+        "compile": False,
         "dtype": "float32",
+        "options": {},
         "patch_size": 1,
+        "prompts": None,
         "revision": None,
+        "safety": "off",
         "source": "shipped:demo/model",
         "subfolder": None,
     },
+    "passes": {"count": 1, "outputs": "last"},
     "purpose": "augment",
+    "region": None,
     "sampler": {"clip": None, "data_variance": None, "eta": 1.0, "order": 1, "variance": "fixed_small"},
     "seed": 7,
     "start": "exact",
     "steps": 20,
     "t": {"fraction": 0.4},
+    "upscale": None,
     "variants": 1,
 }
-GOLDEN_DIGEST = "63477098015b19842a7c45350a2eca02c54db48870deddf550ad273510127772"
+GOLDEN_DIGEST = "2d0f81bf347f041419fd571ee484c0a147d08c12961f760b95340e8d5507335d"
 
 
 def test_the_canonical_form_spells_out_every_default():
@@ -317,6 +529,18 @@ def test_run_options_never_enter_the_digest():
         {"images": {"quality": 90}},
         {"fields": {"fields": {"json": "drop"}}},
         {"batch_size": 32},
+        {"batch_size": "auto"},
+        {"batching": "elastic"},
+        {"t": {"fraction": {"uniform": [0.3, 0.4]}}},
+        {"t": {"fraction": {"field": "t.txt"}}},
+        {"passes": {"count": 2}},
+        {"upscale": {"factor": 2}},
+        {"images": {"resize": "pad"}, "region": {"field": "mask.png"}},
+        {"images": {"sizes": [[64, 32]]}},
+        {"images": {"tiles": {"overlap": 8}}},
+        {"model": {"source": "shipped:demo/model", "prompts": {"text": "a"}}},
+        {"model": {"source": "shipped:demo/model", "autoencoder": {"float32": True}}},
+        {"sampler": {"variance": "learned"}},
     ],
 )
 def test_whatever_determines_the_output_enters_the_digest(change):
@@ -328,7 +552,14 @@ def test_every_recipe_field_is_in_the_canonical_form_or_known_to_be_left_out():
 
 
 def test_the_canonical_form_parses_back_to_itself():
-    for data in (AUGMENT, ANONYMIZE, AUGMENT | {"grid": [0, 5, 9], "t": {"snr": 0.7}}):
+    plugin = {"source": "entry-point:mine", "options": {"a": 1, "b": 0.5, "c": "x", "d": True}}
+    for data in (
+        AUGMENT,
+        ANONYMIZE,
+        AUGMENT | {"grid": [0, 5, 9], "t": {"snr": 0.7}},
+        AUGMENT | {"variants": 2, "t": [{"snr": {"uniform": [1, 2]}}, {"timestep": {"field": "t"}}]},
+        AUGMENT | {"model": plugin, "images": {"sizes": [[64, 32], [32, 64]]}, "upscale": {"factor": 2}},
+    ):
         recipe = parse(data)
         again = parse_recipe(json.dumps({"name": "again", **recipe.canonical()}), source="run.json")
         assert again.digest == recipe.digest

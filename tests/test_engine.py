@@ -1,8 +1,15 @@
-"""The engine on a real small UNet: a sample's bits depend on the sample, never on its batch."""
+"""The engine on a real small UNet: a sample's bits depend on the sample, never on its company.
+
+The reference of every test is the same draw alone, in slots that are otherwise empty.
+"""
 
 from __future__ import annotations
 
+import functools
 import itertools
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -13,8 +20,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from boomerang_batch.diffusion.boomerang import KeyedNoise, boomerang
-from boomerang_batch.diffusion.denoiser import DenoiserSpec
-from boomerang_batch.diffusion.engine import Draw, Engine
+from boomerang_batch.diffusion.denoiser import Condition, DenoiserSpec
+from boomerang_batch.diffusion.engine import Draw, Drawn, Engine, Region, Walk
 from boomerang_batch.diffusion.noise import noise_key
 from boomerang_batch.diffusion.samplers import build_solver
 from boomerang_batch.diffusion.schedule import build_schedule
@@ -23,6 +30,8 @@ from tests.oracles import linear_levels
 BATCH = 4
 CLASSES = 5
 SIZE = 8
+SAMPLERS = {"ddpm": (1.0, 1), "ddim": (0.0, 1), "half": (0.5, 1), "2m": (0.0, 2)}
+Outcome = tuple[object, int, Tensor]
 
 
 class SmallUNet:
@@ -53,14 +62,24 @@ class SmallUNet:
             prediction="epsilon",
             clip_range=1.0,
             fractional_tau=True,
+            conditioning="label",
             classes=CLASSES,
             digest="0" * 64,
         )
 
-    def denoise(self, x_t: Tensor, tau: Tensor, labels: Tensor | None) -> Tensor:
+    def encode(self, images: Tensor) -> Tensor:
+        return images
+
+    def decode(self, x_0: Tensor) -> Tensor:
+        return x_0
+
+    def denoise(self, x_t: Tensor, tau: Tensor, conditions: Sequence[Condition]) -> Tensor:
         self.shapes.append(x_t.shape)
         with torch.no_grad():
-            return self._network(x_t, tau.float(), class_labels=labels).sample
+            return self._network(x_t, tau.float(), class_labels=torch.tensor(conditions)).sample
+
+
+DENOISER = SmallUNet()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -71,182 +90,292 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module")
-def denoiser() -> SmallUNet:
-    return SmallUNet()
-
-
-@pytest.fixture(scope="module")
-def engine(denoiser) -> Engine:
-    return engine_of(denoiser)
-
-
-def engine_of(denoiser: SmallUNet, *, timestep: int = 400, batch_size: int = BATCH) -> Engine:
+@functools.cache
+def walk_at(timestep: int, sampler: str = "ddpm") -> Walk:
+    eta, order = SAMPLERS[sampler]
     schedule = build_schedule(
-        denoiser.spec.levels, grid="linspace", steps=8, t=("timestep", timestep), start="exact"
+        DENOISER.spec.levels, grid="linspace", steps=8, t=("timestep", timestep), start="exact"
     )
-    solver = build_solver(schedule, prediction="epsilon", eta=1.0, clip_range=1.0)
-    return Engine(denoiser, schedule, solver, batch_size=batch_size)
+    return Walk(schedule, build_solver(schedule, prediction="epsilon", eta=eta, clip_range=1.0, order=order))
 
 
-def draw(number: int, variant: int = 0) -> Draw:
+@pytest.fixture
+def make() -> Iterator[object]:
+    """Engines that are closed in the end."""
+    made = []
+
+    def engine(denoiser=DENOISER, *, sampler: str = "ddpm", batch_size: int = BATCH, **options) -> Engine:
+        made.append(Engine(denoiser, batch_size=batch_size, order=SAMPLERS[sampler][1], threads=1, **options))
+        return made[-1]
+
+    yield engine
+    for one in made:
+        one.close()
+
+
+def draw(number: int, *, timestep: int = 400, sampler: str = "ddpm", size: int = SIZE, **options) -> Draw:
     generator = torch.Generator().manual_seed(number)
-    return Draw(
-        tag=(number, variant),
-        x_0=torch.rand(1, SIZE, SIZE, generator=generator) * 2 - 1,
-        noise_key=noise_key(bytes(32), identity=b"%d" % number, variant=variant),
-        label=number % CLASSES,
+    settings = {
+        "tag": number,
+        "image": torch.rand(1, size, size, generator=generator) * 2 - 1,
+        "noise_key": noise_key(bytes(32), identity=b"%d" % number, variant=0),
+        "walk": walk_at(timestep, sampler),
+        "condition": number % CLASSES,
+    }
+    return Draw(**settings | options)
+
+
+@functools.cache
+def alone(number: int, **options) -> list[Tensor]:
+    """What each pass of a draw gives when it has all slots for itself."""
+    engine = Engine(DENOISER, batch_size=BATCH, order=SAMPLERS[options.get("sampler", "ddpm")][1], threads=1)
+    results = {drawn.pass_number: drawn.image for drawn in engine.run([draw(number, **options)])}
+    engine.close()
+    return [results[number] for number in sorted(results)]
+
+
+def check(results: Sequence[Drawn], plan: dict[int, dict]) -> None:
+    """Every planned draw came out once per emitted pass, with the bits it has alone."""
+    found: dict[int, dict[int, Tensor]] = {}
+    for drawn in results:
+        passes = found.setdefault(drawn.draw.tag, {})
+        assert drawn.pass_number not in passes
+        passes[drawn.pass_number] = drawn.image
+    assert found.keys() == plan.keys()
+    for number, passes in found.items():
+        expected = alone(number, **plan[number])
+        assert len(passes) == len(expected)
+        assert all(torch.equal(passes[i], e) for i, e in zip(sorted(passes), expected, strict=True))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@given(data=st.data())
+@settings(max_examples=8, deadline=None)
+def test_bits_depend_on_neither_company_nor_order_nor_time(sampler, data):
+    """Mixed t, cascades, streams that come at any pace: all as if alone."""
+    options = st.fixed_dictionaries(
+        {
+            "timestep": st.sampled_from([0, 90, 400, 800]),
+            "passes": st.sampled_from([1, 1, 2, 3]),
+            "emit_all": st.booleans(),
+        }
     )
+    numbers = data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=9, unique=True))
+    plan = {number: {"sampler": sampler, **data.draw(options)} for number in numbers}
+    cut = data.draw(st.integers(0, len(numbers)))
+    pauses = data.draw(st.lists(st.sampled_from([0, 0, 0.002, 0.02]), min_size=10, max_size=10))
+
+    def stream(part: Sequence[int]) -> Iterator[Draw]:
+        for number in part:
+            time.sleep(pauses[number])
+            yield draw(number, **plan[number])
+
+    engine = Engine(DENOISER, batch_size=BATCH, order=SAMPLERS[sampler][1], threads=1)
+    with ThreadPoolExecutor(2) as pool:
+        parts = pool.map(lambda part: list(engine.run(stream(part))), (numbers[:cut], numbers[cut:]))
+        check([drawn for part in parts for drawn in part], plan)
+    engine.close()
 
 
-@pytest.fixture(scope="module")
-def reference(engine) -> dict[int, Tensor]:
-    """Every sample as it comes out alone, in a batch of padding."""
-    return {i: next(engine.run([draw(i)]))[1].clone() for i in range(8)}
-
-
-@given(order=st.permutations(range(8)), count=st.integers(1, 8))
-@settings(max_examples=12, deadline=None)
-def test_bits_depend_on_neither_neighbours_nor_position_nor_padding(engine, reference, order, count):
-    results = list(engine.run(draw(i) for i in order[:count]))
-    assert [drawn.tag[0] for drawn, _ in results] == list(order[:count])
-    for drawn, result in results:
-        assert torch.equal(result, reference[drawn.tag[0]])
-
-
-def test_a_sample_in_every_position_beside_itself(engine, reference):
+def test_a_sample_in_every_slot_beside_others(make):
+    engine = make()
     for position in range(BATCH):
-        numbers = [7] * BATCH
+        numbers = [11, 12, 13, 14]
         numbers[position] = 3
-        results = [result for _, result in engine.run([draw(i) for i in numbers])]
-        for number, result in zip(numbers, results, strict=True):
-            assert torch.equal(result, reference[number])
+        check(list(engine.run(draw(i) for i in numbers)), {i: {} for i in numbers})
 
 
-def test_a_poisoned_neighbour_spoils_no_one(engine, reference):
-    bad = draw(1)
+def test_a_poisoned_neighbour_spoils_no_one_and_no_successor(make):
+    engine = make(sampler="2m")
     for poison in (float("nan"), float("inf"), 1e30):
-        poisoned = Draw(
-            tag="bad", x_0=torch.full_like(bad.x_0, poison), noise_key=bad.noise_key, label=bad.label
-        )
-        results = list(engine.run([draw(0), poisoned, draw(2), draw(3)]))
-        for position in (0, 2, 3):
-            assert torch.equal(results[position][1], reference[position])
+        bad = draw(99, sampler="2m", image=torch.full((1, SIZE, SIZE), poison))
+        good = [draw(i, sampler="2m") for i in range(7)]
+        results = list(engine.run([good[0], bad, *good[1:]]))
+        check([one for one in results if one.draw.tag != 99], {i: {"sampler": "2m"} for i in range(7)})
 
 
-def test_the_result_is_boomerangs_own(engine, denoiser, reference):
+def test_the_result_is_boomerangs_own():
     batch = [draw(i) for i in range(BATCH)]
-    x_0 = torch.stack([one.x_0 for one in batch])
+    x_0 = torch.stack([one.image for one in batch])
+    walk = walk_at(400)
     out = boomerang(
         x_0,
-        denoiser,
-        engine.schedule,
-        engine.solver,
+        DENOISER,
+        walk.schedule,
+        walk.solver,
         KeyedNoise([one.noise_key for one in batch], x_0),
-        torch.tensor([one.label for one in batch]),
+        [one.condition for one in batch],
     )
     for i in range(BATCH):
-        assert torch.equal(out[i], reference[i])
+        assert float((out[i] - alone(i)[0]).abs().max()) < 1e-6
 
 
-def test_label_variant_and_key_all_matter(engine, reference):
-    original = draw(0)
-    other_label = Draw(tag=0, x_0=original.x_0, noise_key=original.noise_key, label=1)
-    results = [result for _, result in engine.run([draw(0, variant=1), other_label])]
-    assert not torch.equal(results[0], reference[0])
-    assert not torch.equal(results[1], reference[0])
+def test_a_cascade_is_boomerang_after_boomerang_with_fresh_noise():
+    """Pass 2 starts from pass 1's result; with pass 1's noise it would be what a draw of that result is."""
+    first, second, third = alone(2, passes=3, emit_all=True)
+    assert torch.equal(alone(2)[0], first)
+    assert torch.equal(alone(2, passes=3)[0], third)
+    again = next(iter(Engine(DENOISER, batch_size=BATCH, threads=1).run([draw(2, image=first)]))).image
+    assert not torch.allclose(again, second, atol=1e-2)
 
 
-@pytest.mark.parametrize("count", [0, 1, 3, 4, 5, 8, 9])
-def test_every_draw_comes_back_once_in_order_in_one_shape(denoiser, count):
-    engine = engine_of(denoiser)
-    denoiser.shapes.clear()
+def test_label_noise_key_and_t_all_matter(make):
+    other_key = noise_key(bytes(32), identity=b"0", variant=1)
+    changed = [draw(0, tag="key", noise_key=other_key), draw(0, tag="label", condition=1)]
+    changed += [draw(0, tag="t", timestep=500)]
+    for drawn in make().run(changed):
+        assert not torch.equal(drawn.image, alone(0)[0]), drawn.draw.tag
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 4, 5, 9])
+def test_every_draw_comes_back_once_and_every_call_has_one_shape(make, count):
+    engine = make()
+    DENOISER.shapes.clear()
     results = list(engine.run(draw(i) for i in range(count)))
-    assert [drawn.tag for drawn, _ in results] == [(i, 0) for i in range(count)]
-    assert {result.shape for _, result in results} <= {torch.Size([1, SIZE, SIZE])}
-    assert {result.dtype for _, result in results} <= {torch.float32}
-    assert set(denoiser.shapes) <= {torch.Size([BATCH, 1, SIZE, SIZE])}
-    assert len(denoiser.shapes) == -(-count // BATCH) * engine.schedule.n
+    shapes = list(DENOISER.shapes)
+    check(results, {i: {} for i in range(count)})
+    assert set(shapes) <= {torch.Size([BATCH, 1, SIZE, SIZE])}
+    waves = -(-count // BATCH)
+    assert waves * walk_at(400).n <= len(shapes) <= waves * walk_at(400).n + count
 
 
-def test_draws_are_taken_batch_by_batch_as_results_are_asked_for(engine):
-    taken = []
+def test_slots_are_filled_up_while_others_are_on_their_way(make):
+    """Very uneven t: the total is near the sum of evaluations over slots, not the longest per batch."""
+    far, near = walk_at(1000), walk_at(1)
+    assert far.n == 8 * near.n
+    plan = [1000 if i % BATCH == 0 else 1 for i in range(40)]
+    engine = make()
+    DENOISER.shapes.clear()
+    results = list(engine.run(draw(i, timestep=t) for i, t in enumerate(plan)))
+    assert len(results) == 40
+    evaluations = sum(walk_at(t).n for t in plan)
+    assert len(DENOISER.shapes) <= evaluations / BATCH + 2 * far.n
+    assert len(DENOISER.shapes) < 0.6 * 10 * far.n  # of what ten batches as they come would take
 
-    def draws():
-        for i in itertools.count():
-            taken.append(i)
-            yield draw(i % 8)
 
-    results = engine.run(draws())
-    assert taken == []
+def test_draws_are_taken_only_a_little_ahead(make):
+    taken = itertools.count()
+    last = [0]
+
+    def draws() -> Iterator[Draw]:
+        for i in range(1000):
+            last[0] = next(taken)
+            yield draw(i % 8, timestep=90)
+
+    results = make().run(draws())
     next(results)
-    assert len(taken) == BATCH
-    for _ in range(BATCH):
-        next(results)
-    assert len(taken) == 2 * BATCH
+    time.sleep(0.5)
+    # In the slots, in the queue before them, in the queue behind them, and one in the reader's hand.
+    assert last[0] < 6 * BATCH
+    results.close()
 
 
-def test_two_threads_share_an_engine(engine, reference):
-    """Each thread gets its own results, bit for bit, and no batch runs beside another."""
-    orders = [[i % 8 for i in range(start, start + 12)] for start in (0, 3)]
+def test_an_error_among_the_draws_ends_its_stream_and_no_other(make):
+    engine = make()
 
-    def run(numbers):
-        return [(drawn.tag[0], result) for drawn, result in engine.run(draw(i) for i in numbers)]
+    def broken() -> Iterator[Draw]:
+        yield draw(0)
+        raise OSError("the disk is gone")
 
-    with ThreadPoolExecutor(2) as pool:
-        outcomes = list(pool.map(run, orders))
-    for numbers, outcome in zip(orders, outcomes, strict=True):
-        assert [number for number, _ in outcome] == numbers
-        assert all(torch.equal(result, reference[number]) for number, result in outcome)
+    def steady() -> list[Drawn]:
+        return list(engine.run(draw(i) for i in range(9)))
 
-
-def test_batches_of_two_threads_take_turns(denoiser):
-    class Watched:
-        spec = denoiser.spec
-        inside = 0
-        most = 0
-
-        def denoise(self, x_t, tau, labels):
-            Watched.inside += 1
-            Watched.most = max(Watched.most, Watched.inside)
-            output = denoiser.denoise(x_t, tau, labels)
-            Watched.inside -= 1
-            return output
-
-    watched = engine_of(denoiser)
-    watched.denoiser = Watched()
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda start: list(watched.run(draw(start + i) for i in range(8))), range(4)))
-    assert Watched.most == 1
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(steady)
+        with pytest.raises(OSError, match="the disk is gone"):
+            list(engine.run(broken()))
+        check(other.result(), {i: {} for i in range(9)})
 
 
-def test_an_unconditional_denoiser_gets_no_labels(denoiser):
-    seen = []
+def test_a_caller_who_leaves_frees_the_slots_and_the_reader(make):
+    engine = make()
+    before = threading.active_count()
+    closed = threading.Event()
 
-    class Unconditional:
-        spec = denoiser.spec
+    def endless() -> Iterator[Draw]:
+        try:
+            for i in itertools.count():
+                yield draw(i % 8)
+        finally:
+            closed.set()
 
-        def denoise(self, x_t, tau, labels):
-            seen.append(labels)
-            return torch.zeros_like(x_t)
-
-    plain = engine_of(denoiser)
-    plain.denoiser = Unconditional()
-    one = draw(0)
-    list(plain.run([Draw(tag=None, x_0=one.x_0, noise_key=one.noise_key)]))
-    assert seen == [None] * plain.schedule.n
-
-
-def test_t_zero_returns_the_draws_own_images(denoiser):
-    engine = engine_of(denoiser, timestep=0)
-    denoiser.shapes.clear()
-    for drawn, result in engine.run(draw(i) for i in range(6)):
-        assert torch.equal(result, drawn.x_0)
-    assert denoiser.shapes == []
+    leaving = engine.run(endless())
+    next(leaving)
+    leaving.close()
+    assert closed.wait(5)
+    check(list(engine.run(draw(i) for i in range(5))), {i: {} for i in range(5)})
+    assert threading.active_count() <= before + 1  # the engine's own
 
 
-def test_other_batch_sizes_agree_within_a_grey_level(denoiser, reference):
+def test_a_failing_network_fails_every_caller_and_says_so(make):
+    class Failing:
+        spec = DENOISER.spec
+
+        def encode(self, images: Tensor) -> Tensor:
+            return images
+
+        decode = encode
+
+        def denoise(self, x_t: Tensor, tau: Tensor, conditions: Sequence[Condition]) -> Tensor:
+            raise RuntimeError("device lost")
+
+    engine = make(Failing())
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="device lost"):
+            list(engine.run([draw(0)]))
+
+
+def test_t_zero_gives_back_the_images_without_a_call(make):
+    engine = make()
+    DENOISER.shapes.clear()
+    drawn = list(engine.run(draw(i, timestep=0, passes=2, emit_all=True) for i in range(6)))
+    assert len(drawn) == 12
+    assert all(torch.equal(one.image, one.draw.image) for one in drawn)
+    assert DENOISER.shapes == []
+
+
+def test_shapes_have_slots_of_their_own(make):
+    sizes = {i: (SIZE, 2 * SIZE)[i % 3 == 0] for i in range(10)}
+    results = list(make().run(draw(i, size=size) for i, size in sizes.items()))
+    check(results, {i: {"size": size} for i, size in sizes.items()})
+
+
+def test_outside_its_region_a_draw_is_what_it_was(make):
+    mask = torch.zeros(1, SIZE, SIZE, dtype=torch.bool)
+    mask[:, 2:5, 3:7] = True
+    plain = [draw(i) for i in range(3)]
+    limited = [
+        draw(i, tag=100 + i, region=Region(mask=mask, outside=plain[i].image), timestep=600) for i in range(3)
+    ]
+    for drawn in make().run([*plain, *limited]):
+        if drawn.draw.region is None:
+            assert torch.equal(drawn.image, alone(drawn.draw.tag)[0])
+            continue
+        outside = ~mask.expand_as(drawn.image)
+        assert torch.equal(drawn.image[outside], drawn.draw.image[outside])
+        assert float((drawn.image - drawn.draw.image)[~outside].abs().mean()) > 0.05
+
+
+def test_other_batch_sizes_agree_within_a_grey_level(make):
     """Bits may differ there, which is why the batch shape belongs to the recipe; images must not."""
     for batch_size in (1, 3, 8):
-        for drawn, result in engine_of(denoiser, batch_size=batch_size).run(draw(i) for i in range(8)):
-            assert float((result - reference[drawn.tag[0]]).abs().max()) < 1e-3
+        for drawn in make(batch_size=batch_size).run(draw(i) for i in range(8)):
+            assert float((drawn.image - alone(drawn.draw.tag)[0]).abs().max()) < 1e-3
+            assert drawn.batch_size == batch_size
+
+
+def test_elastic_shrinks_at_the_end_alone_and_says_so(make):
+    engine = make(batch_size=8, elastic=True)
+    DENOISER.shapes.clear()
+    draws = [draw(i, timestep=1000 if i == 9 else 90) for i in range(10)]
+    results = {one.draw.tag: one for one in engine.run(draws)}
+    sizes = [shape[0] for shape in DENOISER.shapes]
+    assert sizes[0] == 8
+    assert sizes[-1] == 1
+    assert sizes == sorted(sizes, reverse=True)
+    assert results[0].batch_size == 8
+    assert results[9].batch_size == 1
+    assert float((results[9].image - alone(9, timestep=1000)[0]).abs().max()) < 1e-3
+    DENOISER.shapes.clear()
+    list(engine.run(draw(i) for i in range(16)))
+    assert DENOISER.shapes[0][0] == 8  # and grows again

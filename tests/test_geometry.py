@@ -7,7 +7,14 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from boomerang_batch.data.geometry import place, refuse_moved_places, restore
+from boomerang_batch.data.geometry import (
+    place,
+    refuse_moved_places,
+    refuse_scaled_places,
+    restore,
+    restore_onto,
+)
+from boomerang_batch.data.upscale import enlarge, target_size
 from boomerang_batch.errors import SampleError
 
 POLICIES = st.sampled_from(["cover", "contain", "stretch", "pad"])
@@ -107,6 +114,86 @@ def test_restore_wants_what_was_placed():
         restore(placed[:7], placement)
 
 
+@settings(deadline=None)
+@given(height=SIDES, width=SIDES, model=st.tuples(SIDES, SIDES), policy=POLICIES)
+def test_restoring_onto_the_source_changes_only_what_went_in(height, width, model, policy):
+    assume(policy != "pad" or (height <= model[0] and width <= model[1]))
+    source = np.full((height, width, 3), 90, np.uint8)
+    placed, placement = place(source, size=model, policy=policy)
+    drawn = np.full_like(placed, 200)
+    result = restore_onto(source, drawn, placement)
+    top, left, bottom, right = placement.kept
+    inside = np.zeros((height, width), bool)
+    inside[top:bottom, left:right] = True
+    assert (result[inside] == 200).all()
+    assert (result[~inside] == 90).all()
+    assert (source == 90).all()
+    if not placement.crops:
+        assert (result == restore(drawn, placement)).all()
+    elif inside.any():
+        box_left, box_top, box_right, box_bottom = placement.box
+        margins = (top - box_top, left - box_left, box_bottom - bottom, box_right - right)
+        assert all(0 <= margin < 1 for margin in margins)
+
+
+def test_an_unscaled_crop_returns_to_its_place_exactly():
+    source = noise(30, 90, 3)
+    placed, placement = place(source, size=(30, 30), policy="cover")
+    assert placement.kept == (0, 30, 30, 60)
+    assert (placed == source[:, 30:60]).all()
+    assert (restore_onto(source, placed, placement) == source).all()
+    drawn = noise(30, 30, 3, seed=1)
+    assert (restore_onto(source, drawn, placement)[:, 30:60] == drawn).all()
+
+
+@pytest.mark.parametrize("size", [(45, 120), (37, 111)])
+def test_a_scaled_crop_returns_without_a_shift(size):
+    """A smooth picture through a crop whose edges cut pixels comes back where it was, and as it was."""
+    height, width = size
+    ramp = np.linspace(20, 230, width)[None, :] + np.linspace(-10, 10, height)[:, None]
+    source = np.rint(ramp).astype(np.uint8)[..., None]
+    placed, placement = place(source, size=(64, 62), policy="cover")
+    assert placement.crops
+    back = restore_onto(source, placed, placement)
+    top, left, bottom, right = placement.kept
+    # But at the crop's own edges, where a filter has nothing to look at.
+    inner = (slice(top + 4, bottom - 4), slice(left + 4, right - 4))
+    error = back[inner].astype(int) - source[inner]
+    assert np.abs(error).max() <= 1
+    assert abs(error.mean()) < 0.2
+
+
+def test_a_crop_thinner_than_a_pixel_leaves_the_source():
+    source = noise(1, 70, 1)
+    placed, placement = place(source, size=(8, 8), policy="cover")
+    assert placement.kept == (0, 35, 1, 35)
+    assert (restore_onto(source, placed + 1, placement) == source).all()
+
+
+def test_restore_onto_wants_what_was_placed():
+    source = noise(9, 12, 1)
+    placed, placement = place(source, size=(8, 8), policy="cover")
+    with pytest.raises(ValueError, match="placed"):
+        restore_onto(source, placed[:7], placement)
+    with pytest.raises(ValueError, match="placed"):
+        restore_onto(source[:8], placed, placement)
+
+
+@settings(deadline=None)
+@given(
+    source=st.tuples(st.integers(1, 30), st.integers(1, 30)),
+    model=st.tuples(SIDES, SIDES),
+    factor=st.integers(2, 5),
+    policy=st.sampled_from(["cover", "contain", "stretch"]),
+)
+def test_enlarged_pictures_come_back_at_exactly_factor_times_the_size(source, model, factor, policy):
+    enlarged = enlarge(noise(*source, 3), factor, "bicubic")
+    placed, placement = place(enlarged, size=model, policy=policy)
+    back = restore(placed, placement)
+    assert back.shape[:2] == target_size(source, factor, max_pixels=10**6)
+    assert back.shape[:2] == (source[0] * factor, source[1] * factor)
+
+
 @pytest.mark.parametrize(
     ("field", "data"),
     [
@@ -126,6 +213,9 @@ def test_places_in_the_picture_do_not_travel_with_cover(field, data):
     with pytest.raises(SampleError, match="boxes-would-move") as refused:
         refuse_moved_places({"cls": b"1", field: data})
     assert field in refused.value.detail
+    with pytest.raises(SampleError, match=r"boxes-would-move.*4 times as large; drop the field") as refused:
+        refuse_scaled_places({"cls": b"1", field: data}, factor=4)
+    assert field in refused.value.detail
 
 
 @pytest.mark.parametrize(
@@ -140,3 +230,4 @@ def test_places_in_the_picture_do_not_travel_with_cover(field, data):
 )
 def test_other_fields_travel(field, data):
     refuse_moved_places({field: data})
+    refuse_scaled_places({field: data}, factor=2)

@@ -64,6 +64,36 @@ def test_any_beta_range(steps, low, high, schedule):
     assert_same_chain(diffusers.DDPMScheduler(**options))
 
 
+@pytest.mark.parametrize("options", [{}, {"set_alpha_to_one": True}, {"set_alpha_to_one": False}])
+@pytest.mark.parametrize("name", ["DDIMScheduler", "PNDMScheduler"])
+def test_where_the_walk_of_ddim_and_pndm_ends(name, options):
+    scheduler = getattr(diffusers, name)(**options)
+    written = config_of(scheduler)
+    if not options:  # a file older than the field: the class's default
+        del written["set_alpha_to_one"]
+    alpha, sigma = read_chain(written, source="there").levels.end
+    final = float(scheduler.final_alpha_cumprod)
+    assert (alpha**2, sigma**2) == (pytest.approx(final, rel=1e-6), pytest.approx(1 - final, rel=1e-3))
+
+
+@pytest.mark.parametrize("last", ["zero", "sigma_min"])
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
+def test_where_the_walk_of_sigmas_ends(name, last):
+    options = {"algorithm_type": "dpmsolver++"} if "DPM" in name else {}
+    scheduler = getattr(diffusers, name)(final_sigmas_type=last, **options)
+    scheduler.set_timesteps(10)
+    alpha, sigma = read_chain(config_of(scheduler), source="there").levels.end
+    assert sigma / alpha == pytest.approx(float(scheduler.sigmas[-1]), rel=1e-4)
+
+
+def test_the_offset_and_the_learned_variance_are_read():
+    assert_same_chain(diffusers.DDIMScheduler(), learned_variance=False)
+    chain = assert_same_chain(diffusers.DDPMScheduler(variance_type="learned_range"), learned_variance=True)
+    assert chain.levels.steps_offset == 0
+    shifted = read_chain(config_of(diffusers.DDIMScheduler(steps_offset=1)), source="there")
+    assert shifted.levels.steps_offset == 1
+
+
 def test_trained_betas():
     betas = [0.01, 0.3, 0.05, 0.2]
     assert_same_chain(diffusers.DDPMScheduler(num_train_timesteps=4, trained_betas=betas))
@@ -141,8 +171,8 @@ def test_a_file_older_than_its_fields_reads_as_diffusers_reads_it():
         ),
         ({"_class_name": None}, ["_class_name", "DDPMScheduler"]),
         ({"thresholding": True}, ["thresholding", "not supported"]),
-        ({"variance_type": "learned_range"}, ["variance_type", "learned_range"]),
-        ({"variance_type": "learned"}, ["variance_type"]),
+        ({"variance_type": "learned"}, ["variance_type", "learned_range"]),
+        ({"steps_offset": -1}, ["steps_offset is -1"]),
         ({"use_flow_sigmas": True}, ["use_flow_sigmas"]),
         ({"timestep_type": "continuous"}, ["timestep_type"]),
         ({"prediction_type": "flow_prediction"}, ["prediction_type", "flow_prediction", "epsilon"]),

@@ -18,7 +18,7 @@ from boomerang_batch.models import load_denoiser
 from tests import tiny_models
 
 TAU = torch.tensor([0, 3, 11, 19], dtype=torch.float64)
-LABELS = torch.tensor([0, 2, 1, 0])
+LABELS = [0, 2, 1, 0]
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +49,7 @@ def test_denoise_is_the_network_row_by_row(tmp_path):
     unet = tiny_models.network()
     denoiser = load(save(tmp_path, unet, prediction_type="v_prediction"))
     x_t = noise(4, 3, 8, 8)
-    output = denoiser.denoise(x_t, TAU, None)
+    output = denoiser.denoise(x_t, TAU, [None] * 4)
     with torch.no_grad():
         assert torch.equal(output, unet(x_t, TAU.long()).sample)
         for row in range(4):
@@ -75,15 +75,15 @@ def test_where_tensors_lie_in_memory_changes_no_bit(tmp_path):
         save_file(weights, path, metadata={"format": "pt", "padding": "-" * length})
         denoiser = load(folder)
         assert all(weight.data_ptr() % 64 == 0 for weight in denoiser.network.parameters())
-        assert torch.equal(denoiser.denoise(x_t, sigma, None), expected)
+        assert torch.equal(denoiser.denoise(x_t, sigma, [None] * 4), expected)
         shifted = torch.empty(x_t.numel() + 1)[1:].view_as(x_t).copy_(x_t)
-        assert torch.equal(denoiser.denoise(shifted, sigma, None), expected)
+        assert torch.equal(denoiser.denoise(shifted, sigma, [None] * 4), expected)
 
 
 def test_the_network_is_told_tau(tmp_path):
     denoiser = load(save(tmp_path, tiny_models.network()))
     x_t = noise(1, 3, 8, 8).expand(3, -1, -1, -1)
-    low, between, high = denoiser.denoise(x_t, torch.tensor([5.0, 5.5, 6.0], dtype=torch.float64), None)
+    low, between, high = denoiser.denoise(x_t, torch.tensor([5.0, 5.5, 6.0], dtype=torch.float64), [None] * 3)
     assert not torch.equal(low, between)
     assert not torch.equal(between, high)
 
@@ -94,7 +94,7 @@ def test_a_table_of_timesteps_takes_whole_ones(tmp_path):
     assert not denoiser.spec.fractional_tau
     x_t = noise(4, 3, 8, 8)
     with torch.no_grad():
-        assert torch.equal(denoiser.denoise(x_t, TAU, None), unet(x_t, TAU.long()).sample)
+        assert torch.equal(denoiser.denoise(x_t, TAU, [None] * 4), unet(x_t, TAU.long()).sample)
 
 
 def test_a_table_shorter_than_the_chain_is_refused(tmp_path):
@@ -108,7 +108,9 @@ def test_labels_reach_a_conditional_network(tmp_path):
     denoiser = load(save(tmp_path, unet), class_labels=ClassLabels())
     x_t = noise(4, 3, 8, 8)
     with torch.no_grad():
-        assert torch.equal(denoiser.denoise(x_t, TAU, LABELS), unet(x_t, TAU.long(), LABELS).sample)
+        assert torch.equal(
+            denoiser.denoise(x_t, TAU, LABELS), unet(x_t, TAU.long(), torch.tensor(LABELS)).sample
+        )
     assert denoiser.spec.classes == 4
 
 
@@ -118,17 +120,79 @@ def test_classifier_free_guidance(tmp_path, weight):
     denoiser = load(save(tmp_path, unet), class_labels=ClassLabels(null_label=3, guidance=weight))
     x_t = noise(4, 3, 8, 8)
     with torch.no_grad():
-        conditional = unet(x_t, TAU.long(), LABELS).sample
+        conditional = unet(x_t, TAU.long(), torch.tensor(LABELS)).sample
         unconditional = unet(x_t, TAU.long(), torch.full((4,), 3)).sample
     expected = unconditional + weight * (conditional - unconditional)
     torch.testing.assert_close(denoiser.denoise(x_t, TAU, LABELS), expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(conditional, unconditional, atol=1e-3)
 
 
-def test_labels_must_fit_the_model(tmp_path):
-    denoiser = load(save(tmp_path, tiny_models.network()))
-    with pytest.raises(ModelError, match="labels go with"):
-        denoiser.denoise(noise(4, 3, 8, 8), TAU, LABELS)
+def test_a_learned_variance_comes_with_the_output_unguided(tmp_path):
+    """Guidance moves the mean's channels; the variance's stay the label's own."""
+    unet = tiny_models.network(num_class_embeds=4, out_channels=6)
+    folder = save(tmp_path, unet, variance_type="learned_range")
+    denoiser = load(folder, class_labels=ClassLabels(null_label=3, guidance=3.0))
+    assert denoiser.spec.learned_variance
+    assert denoiser.spec.channels == 3
+    x_t = noise(4, 3, 8, 8)
+    with torch.no_grad():
+        conditional = unet(x_t, TAU.long(), torch.tensor(LABELS)).sample
+        unconditional = unet(x_t, TAU.long(), torch.full((4,), 3)).sample
+    output = denoiser.denoise(x_t, TAU, LABELS)
+    mean = unconditional[:, :3] + 3.0 * (conditional[:, :3] - unconditional[:, :3])
+    torch.testing.assert_close(output[:, :3], mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output[:, 3:], conditional[:, 3:], rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_with_learned_variance_is_diffusers_own(tmp_path):
+    unet = tiny_models.network(out_channels=6)
+    denoiser = load(save(tmp_path, unet, variance_type="learned_range"))
+    theirs = tiny_models.scheduler(variance_type="learned_range")
+    theirs.set_timesteps(20)
+    schedule = build_schedule(
+        denoiser.spec.levels, grid="leading", steps=20, t=("fraction", 1.0), start="exact"
+    )
+    solver = build_solver(
+        schedule, prediction="epsilon", eta=1.0, variance="learned", clip_range=denoiser.spec.clip_range
+    )
+    x_t = noise(1, 3, 8, 8)
+    for i in range(2, schedule.n + 1):
+        output = denoiser.denoise(x_t, schedule.tau[[i]], [None])
+        expected = theirs.step(output, i - 1, x_t, generator=torch.Generator().manual_seed(5)).prev_sample
+        z = torch.randn(x_t.shape, generator=torch.Generator().manual_seed(5))
+        moved, _ = step(solver.table[[i]], x_t, output, z)
+        torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_learned_variance_must_be_there(tmp_path):
+    with pytest.raises(ModelError, match=r"out_channels 3 is not twice in_channels 3.*learned_range"):
+        load(save(tmp_path, tiny_models.network(), variance_type="learned_range"))
+
+
+def test_patches_of_a_network_with_learned_variance(tmp_path):
+    unet = tiny_models.network(in_channels=4, out_channels=8)
+    denoiser = load(save(tmp_path, unet, variance_type="learned_range"), patch_size=2)
+    x_t = noise(4, 1, 16, 16)
+    with torch.no_grad():
+        inside = unet(functional.pixel_unshuffle(x_t, 2), TAU.long()).sample
+    output = denoiser.denoise(x_t, TAU, [None] * 4)
+    assert torch.equal(output[:, :1], functional.pixel_shuffle(inside[:, :4], 2))
+    assert torch.equal(output[:, 1:], functional.pixel_shuffle(inside[:, 4:], 2))
+
+
+def test_a_pixel_model_flags_nothing_and_has_a_float32_twin(tmp_path):
+    folder = save(tmp_path, tiny_models.network())
+    full, half = load(folder), load(folder, dtype="bfloat16")
+    x_t = noise(4, 3, 8, 8)
+    expected = full.denoise(x_t, TAU, [None] * 4)
+    assert not torch.equal(half.denoise(x_t, TAU, [None] * 4), expected)
+    twin = half.in_float32()
+    assert torch.equal(twin.denoise(x_t, TAU, [None] * 4), expected)
+    assert half.in_float32() is twin
+    assert full.in_float32() is full
+    assert full.flagged(x_t) == [False] * 4
+    assert torch.equal(full.encode(x_t), x_t)
+    assert torch.equal(full.decode(x_t), x_t)
 
 
 @pytest.mark.parametrize(("patch_size", "channels"), [(2, 1), (2, 3), (4, 1)])
@@ -147,7 +211,7 @@ def test_patches(tmp_path, patch_size, channels):
                 inside[:, c * patch_size**2 + i * patch_size + j] = x_t[:, c, i::patch_size, j::patch_size]
     with torch.no_grad():
         expected = functional.pixel_shuffle(unet(inside, TAU.long()).sample, patch_size)
-    assert torch.equal(denoiser.denoise(x_t, TAU, None), expected)
+    assert torch.equal(denoiser.denoise(x_t, TAU, [None] * 4), expected)
 
 
 def test_folding_is_undone(tmp_path, monkeypatch):
@@ -158,13 +222,13 @@ def test_folding_is_undone(tmp_path, monkeypatch):
         denoiser.network, "forward", lambda x, t, class_labels: diffusers.utils.BaseOutput(sample=x)
     )
     x_t = noise(4, 1, 16, 16)
-    assert torch.equal(denoiser.denoise(x_t, TAU, None), x_t)
+    assert torch.equal(denoiser.denoise(x_t, TAU, [None] * 4), x_t)
 
 
 @pytest.mark.parametrize("class_labels", [None, ClassLabels(null_label=3, guidance=2.0)])
 def test_bfloat16_stays_close_to_float32(tmp_path, class_labels):
     classes = None if class_labels is None else 4
-    labels = None if class_labels is None else LABELS
+    labels = [None] * 4 if class_labels is None else LABELS
     folder = save(tmp_path, tiny_models.network(num_class_embeds=classes))
     x_t = noise(4, 3, 8, 8)
     full = load(folder, class_labels=class_labels).denoise(x_t, TAU, labels)
@@ -179,9 +243,9 @@ def test_channels_last_changes_the_layout_only(tmp_path):
     x_t = noise(4, 3, 8, 8)
     plain, last = load(folder), load(folder, channels_last=True)
     assert last.network.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
-    output = last.denoise(x_t, TAU, None)
+    output = last.denoise(x_t, TAU, [None] * 4)
     assert output.is_contiguous()
-    torch.testing.assert_close(output, plain.denoise(x_t, TAU, None), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output, plain.denoise(x_t, TAU, [None] * 4), rtol=1e-4, atol=1e-5)
 
 
 def test_a_ddim_pipeline_and_our_sampler_make_the_same_image(tmp_path):
@@ -207,7 +271,8 @@ def test_a_ddim_pipeline_and_our_sampler_make_the_same_image(tmp_path):
     x_t = torch.randn((2, 3, 8, 8), generator=torch.Generator().manual_seed(3))
     for i in range(schedule.n, 0, -1):
         node = torch.full((2,), i)
-        x_t = step(solver, x_t, denoiser.denoise(x_t, schedule.tau[node], None), node, torch.zeros_like(x_t))
+        output = denoiser.denoise(x_t, schedule.tau[node], [None] * 2)
+        x_t, _ = step(solver.table[node], x_t, output, None)
     low, high = denoiser.spec.value_range
     ours = ((x_t - low) / (high - low)).clamp(0, 1).permute(0, 2, 3, 1).numpy()
     assert abs(ours - images).max() < 1e-4
@@ -229,13 +294,13 @@ def test_a_score_model_steps_like_its_own_scheduler(tmp_path):
     for index in range(1, count):
         sigma = spec.levels.sigma[index : index + 1].float()
         x_t = x_0 + sigma * noise(1, 3, 8, 8)
-        output = denoiser.denoise(x_t, spec.levels.tau[index : index + 1], None)
+        output = denoiser.denoise(x_t, spec.levels.tau[index : index + 1], [None])
         with torch.no_grad():
             assert torch.equal(output, unet(x_t, sigma).sample)
         # diffusers turns a time in [0, 1] back into an index by flooring; aim at the middle.
         time = (index + 0.5) / (count - 1) if index < count - 1 else 1.0
         mean = scheduler.step_pred(output, time, x_t).prev_sample_mean
-        ours = step(solver, x_t, output, torch.tensor([index + 1]), torch.zeros_like(x_t))
+        ours, _ = step(solver.table[[index + 1]], x_t, output, None)
         torch.testing.assert_close(ours, mean, rtol=1e-4, atol=1e-4 * float(sigma))
 
 
@@ -252,7 +317,7 @@ def test_a_score_network_needs_its_scheduler(tmp_path):
         ({}, {"class_labels": ClassLabels()}, ["unconditional", "remove model.class_labels"]),
         ({"num_class_embeds": 4}, {"class_labels": ClassLabels(null_label=4)}, ["null_label 4", "0..3"]),
         ({"class_embed_type": "timestep"}, {"class_labels": ClassLabels()}, ["class_embed_type"]),
-        ({"out_channels": 6}, {}, ["out_channels 6", "learned variances"]),
+        ({"out_channels": 6}, {}, ["out_channels 6", "variance_type: learned_range"]),
         ({"out_channels": 4}, {}, ["out_channels 4", "in_channels 3"]),
         ({"in_channels": 4, "out_channels": 4}, {}, ["in_channels 4", "patch_size 1"]),
         ({}, {"patch_size": 2}, ["in_channels 3", "patch_size 2", "0.75"]),

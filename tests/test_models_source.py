@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DModel
 from safetensors.torch import load_file, save_file
 
 from boomerang_batch.config.pipeline import ModelSpec
 from boomerang_batch.errors import ModelError
-from boomerang_batch.models.network import load_network
-from boomerang_batch.models.source import find_source
+from boomerang_batch.models.families import find_model
+from boomerang_batch.models.weights import load_weights
 from tests import tiny_models
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -42,35 +43,35 @@ def edit_json(path: Path, **changes: object) -> None:
 
 def refusal(source: object, **options: object) -> str:
     with pytest.raises(ModelError) as caught:
-        find_source(spec(source, **options))
+        find_model(spec(source, **options))
     return str(caught.value)
 
 
 def test_a_saved_pipeline_is_found(folder):
-    source = find_source(spec(folder))
-    assert source.network == folder / "unet"
+    source = find_model(spec(folder))
+    assert source.network.folder == folder / "unet"
     assert source.scheduler == folder / "scheduler" / "scheduler_config.json"
-    assert source.network_config["sample_size"] == 8
+    assert source.network.config["sample_size"] == 8
     assert source.scheduler_config["num_train_timesteps"] == 20
     assert len(source.digest) == 64
 
 
 def test_the_digest_stays_when_the_folder_moves(folder, tmp_path):
-    before = find_source(spec(folder)).digest
+    before = find_model(spec(folder)).digest
     moved = folder.rename(tmp_path / "elsewhere")
-    assert find_source(spec(moved)).digest == before
+    assert find_model(spec(moved)).digest == before
     # Naming the network by hand finds the same files.
-    assert find_source(spec(moved, subfolder="unet")).digest == before
-    assert find_source(spec(moved / "unet")).digest == before
+    assert find_model(spec(moved, subfolder="unet")).digest == before
+    assert find_model(spec(moved / "unet")).digest == before
 
 
 def test_the_digest_changes_with_one_weight(folder):
-    before = find_source(spec(folder)).digest
+    before = find_model(spec(folder)).digest
     tensors = load_file(folder / "unet" / WEIGHTS)
     name = sorted(tensors)[0]
     tensors[name].view(-1)[0] += 1e-3
     save_file(tensors, folder / "unet" / WEIGHTS, metadata={"format": "pt"})
-    assert find_source(spec(folder)).digest != before
+    assert find_model(spec(folder)).digest != before
 
 
 @pytest.mark.parametrize(
@@ -78,15 +79,15 @@ def test_the_digest_changes_with_one_weight(folder):
     [("unet/config.json", {"norm_eps": 1e-4}), ("scheduler/scheduler_config.json", {"beta_end": 0.25})],
 )
 def test_the_digest_changes_with_either_configuration(folder, file, change):
-    before = find_source(spec(folder)).digest
+    before = find_model(spec(folder)).digest
     edit_json(folder / file, **change)
-    assert find_source(spec(folder)).digest != before
+    assert find_model(spec(folder)).digest != before
 
 
 def test_a_file_that_is_not_the_model_changes_nothing(folder):
-    before = find_source(spec(folder)).digest
+    before = find_model(spec(folder)).digest
     (folder / "README.md").write_text("about")
-    assert find_source(spec(folder)).digest == before
+    assert find_model(spec(folder)).digest == before
 
 
 @pytest.mark.parametrize("place", ["beside", "inside"])
@@ -96,7 +97,7 @@ def test_a_bare_network_finds_its_scheduler(folder, place):
     if place == "inside":
         config = folder / "scheduler" / "scheduler_config.json"
         config.rename(folder / "unet" / "scheduler_config.json")
-    assert find_source(spec(folder / "unet")).scheduler_config["num_train_timesteps"] == 20
+    assert find_model(spec(folder / "unet")).scheduler_config["num_train_timesteps"] == 20
 
 
 def test_a_pipeline_in_one_flat_folder(folder):
@@ -104,8 +105,8 @@ def test_a_pipeline_in_one_flat_folder(folder):
         for file in (folder / part).iterdir():
             file.rename(folder / file.name)
         (folder / part).rmdir()
-    source = find_source(spec(folder))
-    assert (source.network, source.scheduler) == (folder, folder / "scheduler_config.json")
+    source = find_model(spec(folder))
+    assert (source.network.folder, source.scheduler) == (folder, folder / "scheduler_config.json")
 
 
 def test_a_bare_network_without_scheduler_is_refused(folder):
@@ -115,7 +116,7 @@ def test_a_bare_network_without_scheduler_is_refused(folder):
     assert str(folder / "unet") in message
 
 
-@pytest.mark.parametrize("pipeline", ["LDMPipeline", "StableDiffusionPipeline", None])
+@pytest.mark.parametrize("pipeline", ["KandinskyPipeline", "WanPipeline", None])
 def test_other_pipelines_are_refused_by_name(folder, pipeline):
     edit_json(folder / "model_index.json", _class_name=pipeline)
     message = refusal(folder)
@@ -155,8 +156,8 @@ def test_sharded_weights_load_and_a_missing_part_is_named(tmp_path):
     unet.save_pretrained(folder / "unet", max_shard_size="20KB")
     parts = sorted((folder / "unet").glob("*-of-*.safetensors"))
     assert len(parts) > 1
-    source = find_source(spec(folder))
-    assert_same_weights(load_network(source), unet)
+    source = find_model(spec(folder))
+    assert_same_weights(load_weights(source.network, UNet2DModel), unet)
     parts[1].unlink()
     assert parts[1].name in refusal(folder)
 
@@ -173,9 +174,9 @@ def test_a_lone_variant_is_taken_and_two_are_refused(tmp_path):
     folder = tiny_models.save_pipeline(tmp_path / "model", unet=unet)
     weights = folder / "unet" / WEIGHTS
     half = weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
-    source = find_source(spec(folder))
-    assert source.variant == "fp16"
-    assert_same_weights(load_network(source), unet)
+    source = find_model(spec(folder))
+    assert source.network.variant == "fp16"
+    assert_same_weights(load_weights(source.network, UNet2DModel), unet)
     shutil.copy(half, half.with_name("diffusion_pytorch_model.ema.safetensors"))
     assert "diffusion_pytorch_model.ema.safetensors" in refusal(folder)
 
@@ -183,7 +184,7 @@ def test_a_lone_variant_is_taken_and_two_are_refused(tmp_path):
 def test_weights_saved_in_half_precision_load_as_float32(tmp_path):
     unet = tiny_models.network().half()
     folder = tiny_models.save_pipeline(tmp_path / "model", unet=unet)
-    loaded = load_network(find_source(spec(folder)))
+    loaded = load_weights(find_model(spec(folder)).network, UNet2DModel)
     assert {weight.dtype for weight in loaded.parameters()} == {torch.float32}
     assert_same_weights(loaded, unet.float())
 
@@ -204,7 +205,7 @@ def test_weights_that_do_not_fit_are_refused(folder, problem):
     elif problem == "text":
         path.write_text("version https://git-lfs.github.com/spec/v1")
     with pytest.raises(ModelError) as caught:
-        load_network(find_source(spec(folder)))
+        load_weights(find_model(spec(folder)).network, UNet2DModel)
     assert str(folder / "unet") in str(caught.value)
 
 
@@ -212,7 +213,7 @@ def test_attention_weights_under_their_old_names_load(folder):
     """google/ddpm-* and their like were saved before diffusers renamed its attention layers."""
     new = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     path = folder / "unet" / WEIGHTS
-    expected = load_network(find_source(spec(folder)))
+    expected = load_weights(find_model(spec(folder)).network, UNet2DModel)
     renamed = {}
     for name, tensor in load_file(path).items():
         for today, once in new.items():
@@ -220,7 +221,7 @@ def test_attention_weights_under_their_old_names_load(folder):
         renamed[name] = tensor
     assert any("proj_attn" in name for name in renamed)
     save_file(renamed, path, metadata={"format": "pt"})
-    assert_same_weights(load_network(find_source(spec(folder))), expected)
+    assert_same_weights(load_weights(find_model(spec(folder)).network, UNet2DModel), expected)
 
 
 def test_what_is_not_there_is_named(tmp_path):
@@ -267,8 +268,8 @@ def test_a_hub_id_without_network_says_so(unreachable_hub):
 
 def test_a_pinned_hub_id_in_the_cache_needs_no_network(unreachable_hub, saved):
     shutil.copytree(saved, unreachable_hub / "models--someone--some-model" / "snapshots" / COMMIT)
-    cached = find_source(spec("someone/some-model", revision=COMMIT))
-    assert cached.digest == find_source(spec(saved)).digest
+    cached = find_model(spec("someone/some-model", revision=COMMIT))
+    assert cached.digest == find_model(spec(saved)).digest
 
 
 def assert_same_weights(network, expected):

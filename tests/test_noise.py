@@ -18,6 +18,7 @@ from boomerang_batch.diffusion.noise import (
     key_words,
     noise_key,
     normal,
+    normal_window,
     philox4x32,
     seed_material,
 )
@@ -186,6 +187,79 @@ def test_elements_depend_on_neither_length_nor_shape(count):
     assert torch.equal(draw([key_of()], (count,))[0], longest[0, :count])
     assert torch.equal(draw([key_of()], (2, 5, 20)).flatten(), longest[0])
     assert torch.equal(draw([key_of()], (count, 1, 1)).flatten(), longest[0, :count])
+
+
+def test_rows_of_one_batch_may_be_of_different_passes():
+    keys = key_words([key_of(b"a"), key_of(b"a"), key_of(b"b")])
+    node = torch.tensor([3, 3, 3])
+    mixed = normal(keys, (9,), purpose=Purpose.REVERSE, node=node, pass_index=torch.tensor([0, 255, 7]))
+    for row, pass_index in enumerate((0, 255, 7)):
+        alone = normal(keys[row : row + 1], (9,), purpose=Purpose.REVERSE, node=node[:1], pass_index=pass_index)
+        assert torch.equal(mixed[row], alone[0])
+
+
+@st.composite
+def windows(draw):
+    """A window's shape, and for each row of a batch the window's corner and its field's size."""
+    shape = draw(st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 13)))
+    rows = []
+    for _ in range(draw(st.integers(1, 4))):
+        margins = draw(st.tuples(*[st.integers(0, 11)] * 4))
+        rows.append((margins[:2], (margins[0] + shape[1] + margins[2], margins[1] + shape[2] + margins[3])))
+    return shape, rows
+
+
+@given(window=windows(), node=st.integers(0, 65535), pass_index=st.integers(0, 255))
+def test_windows_are_cut_from_the_field_they_belong_to(window, node, pass_index):
+    (channels, height, width), rows = window
+    keys = [key_of(bytes([i])) for i in range(len(rows))]
+    passes = torch.tensor([(pass_index + i) % 256 for i in range(len(rows))])
+    drawn = normal_window(
+        key_words(keys),
+        (channels, height, width),
+        corner=torch.tensor([corner for corner, _ in rows]),
+        field=torch.tensor([field for _, field in rows]),
+        purpose=Purpose.REVERSE,
+        node=torch.full((len(rows),), node),
+        pass_index=passes,
+    )
+    assert drawn.dtype == torch.float32
+    for row, ((top, left), field) in enumerate(rows):
+        whole = draw([keys[row]], (channels, *field), node=node, pass_index=int(passes[row]))[0]
+        assert torch.equal(drawn[row], whole[:, top : top + height, left : left + width])
+
+
+def test_a_window_over_all_of_its_field_is_the_field():
+    keys = [key_of(b"a"), key_of(b"b")]
+    drawn = normal_window(
+        key_words(keys),
+        (3, 6, 7),
+        corner=torch.zeros(2, 2, dtype=torch.int64),
+        field=torch.tensor([[6, 7], [6, 7]]),
+        purpose=Purpose.REVERSE,
+        node=torch.tensor([1, 1]),
+    )
+    assert torch.equal(drawn, draw(keys, (3, 6, 7)))
+
+
+def test_a_windows_cost_is_its_own_and_not_its_fields():
+    """A field of 4 x 60,000 x 60,000 would take 57 GB."""
+    key = key_words([key_of()])
+    drawn = normal_window(
+        key,
+        (4, 8, 8),
+        corner=torch.tensor([[59_000, 31]]),
+        field=torch.tensor([[60_000, 60_000]]),
+        purpose=Purpose.REVERSE,
+        node=torch.tensor([1]),
+    )
+    element = (3 * 60_000 + 59_007) * 60_000 + 31 + 7
+    blocks = torch.tensor([element // 4])
+    words = philox4x32((blocks, torch.tensor([2 << 24 | 1]), key[:, 2], key[:, 3]), (key[:, 0], key[:, 1]))
+    first, second = (float(word) for word in words[element % 4 // 2 * 2 :][:2])
+    radius, angle = math.sqrt(-2 * math.log((first + 1) * 2.0**-32)), second * 2 * math.pi * 2.0**-32
+    expected = radius * (math.sin(angle) if element % 2 else math.cos(angle))
+    assert math.isclose(float(drawn[0, 3, 7, 7]), expected, rel_tol=1e-6)
 
 
 def test_shapes_without_elements_or_rows():

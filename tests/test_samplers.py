@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from boomerang_batch.diffusion.samplers import Solver, build_solver, led_on, move, predicted_x0, step
+from boomerang_batch.diffusion.samplers import Column, Solver, build_solver, step
 from boomerang_batch.diffusion.schedule import (
     NoiseLevels,
     Schedule,
@@ -28,7 +28,7 @@ from boomerang_batch.diffusion.schedule import (
     vp_levels,
 )
 from boomerang_batch.errors import ConfigError
-from tests.oracles import levels_of, linear_levels
+from tests.oracles import levels_of, linear_levels, step_from
 
 SHAPE = (3, 2, 4, 4)
 PREDICTIONS = ["epsilon", "sample", "v_prediction"]
@@ -49,7 +49,7 @@ def walk(schedule: Schedule, solver: Solver, x: Tensor, z: list[Tensor]) -> Tens
     """The reverse pass; z[i] is the draw of the step from node i."""
     for i in range(schedule.n, 0, -1):
         node = torch.full((len(x),), i)
-        x = step(solver, x, network(x, float(schedule.tau[i])), node, z[i])
+        x = step_from(solver, x, network(x, float(schedule.tau[i])), node, z[i])
     return x
 
 
@@ -262,8 +262,8 @@ def test_the_score_is_the_noise_over_minus_sigma():
     schedule = build_schedule(levels, grid="linspace", steps=20, t=("fraction", 1.0), start="exact")
     x, eps, z, node = normals(1), normals(2), normals(3), torch.tensor([20, 11, 1])
     sigma = schedule.sigma[node].view(-1, 1, 1, 1)
-    as_eps = step(build_solver(schedule, prediction="epsilon", eta=1), x, eps, node, z)
-    as_score = step(build_solver(schedule, prediction="score", eta=1), x, -eps / sigma, node, z)
+    as_eps = step_from(build_solver(schedule, prediction="epsilon", eta=1), x, eps, node, z)
+    as_score = step_from(build_solver(schedule, prediction="score", eta=1), x, -eps / sigma, node, z)
     assert torch.allclose(as_eps, as_score, rtol=0, atol=1e-10)
 
 
@@ -324,13 +324,13 @@ def test_every_prediction_type_names_the_same_clean_sample(kind, node, clip):
     expected = x_0 if clip is None else x_0.clamp(-clip, clip)
     for prediction, output in outputs.items():
         solver = build_solver(schedule, prediction=prediction, eta=1, clip_range=clip)
-        assert torch.allclose(predicted_x0(solver, x_t, output, node), expected, rtol=0, atol=1e-10)
+        assert torch.allclose(step(solver.table[node], x_t, output, None)[1], expected, rtol=0, atol=1e-10)
 
 
 def test_clamping_bounds_the_last_step():
     schedule = build_schedule(LINEAR, grid="linspace", steps=10, t=("timestep", 1), start="exact")
     solver = build_solver(schedule, prediction="epsilon", eta=1, clip_range=0.5)
-    out = step(solver, 9 * normals(1), normals(2), torch.ones(3, dtype=torch.int64), normals(3))
+    out = step_from(solver, 9 * normals(1), normals(2), torch.ones(3, dtype=torch.int64), normals(3))
     assert float(out.abs().max()) == 0.5
 
 
@@ -338,21 +338,27 @@ def test_rows_at_different_nodes_step_as_they_would_alone():
     schedule = build_schedule(LINEAR, grid="linspace", steps=20, t=("fraction", 0.8), start="exact")
     solver = build_solver(schedule, prediction="epsilon", eta=0.7, clip_range=1.0)
     x, output, z, node = normals(1), normals(2), normals(3), torch.tensor([1, schedule.n, 5])
-    together = step(solver, x, output, node, z)
+    together = step_from(solver, x, output, node, z)
     for row in range(3):
         one = slice(row, row + 1)
-        assert torch.equal(together[one], step(solver, x[one], output[one], node[one], z[one]))
+        assert torch.equal(together[one], step_from(solver, x[one], output[one], node[one], z[one]))
 
 
 def test_the_state_keeps_its_dtype_and_the_tables_are_float64():
     schedule = build_schedule(LINEAR, grid="linspace", steps=20, t=("fraction", 0.8), start="exact")
     solver = build_solver(schedule, prediction="epsilon", eta=1)
-    for table in (solver.alpha, solver.sigma, solver.alpha_next, solver.direction, solver.noise):
+    for table in (
+        solver[Column.ALPHA],
+        solver[Column.SIGMA],
+        solver[Column.ALPHA_NEXT],
+        solver[Column.DIRECTION],
+        solver[Column.NOISE],
+    ):
         assert table.dtype == torch.float64
         assert table.shape == (schedule.n + 1,)
     for dtype in (torch.float32, torch.float64):
         x = normals(1, dtype)
-        assert step(solver, x, x, torch.ones(3, dtype=torch.int64), x).dtype == dtype
+        assert step_from(solver, x, x, torch.ones(3, dtype=torch.int64), x).dtype == dtype
 
 
 # --- variance ---
@@ -368,14 +374,16 @@ def test_the_step_keeps_the_forward_law(kind, eta, data):
     schedule = build_schedule(levels, grid="linspace", steps=len(levels), t=("fraction", 1), start="exact")
     solver = build_solver(schedule, prediction="sample", eta=eta)
     below = schedule.sigma[:-1] ** 2
-    assert torch.allclose(solver.direction[1:] ** 2 + solver.noise[1:] ** 2, below, rtol=1e-12, atol=1e-15)
-    assert float(solver.noise[1]) == 0
-    assert float(solver.direction[1]) == 0
+    assert torch.allclose(
+        solver[Column.DIRECTION][1:] ** 2 + solver[Column.NOISE][1:] ** 2, below, rtol=1e-12, atol=1e-15
+    )
+    assert float(solver[Column.NOISE][1]) == 0
+    assert float(solver[Column.DIRECTION][1]) == 0
 
 
 def test_eta_zero_adds_no_noise():
     schedule = build_schedule(LINEAR, grid="linspace", steps=20, t=("fraction", 0.8), start="exact")
-    assert float(build_solver(schedule, prediction="epsilon", eta=0).noise.abs().max()) == 0
+    assert float(build_solver(schedule, prediction="epsilon", eta=0)[Column.NOISE].abs().max()) == 0
 
 
 @pytest.mark.parametrize("kind", ["vp", "ve"])
@@ -388,10 +396,10 @@ def test_fixed_large_is_the_forward_steps_variance(kind):
     )
     kept = (schedule.alpha[1:] / schedule.alpha[:-1]) ** 2
     beta = schedule.sigma[1:] ** 2 - kept * schedule.sigma[:-1] ** 2
-    assert torch.allclose(large.noise[2:] ** 2, beta[1:], rtol=1e-10)
-    assert bool((large.noise[2:] > small.noise[2:]).all())
-    assert float(large.noise[1]) == 0
-    assert torch.equal(large.direction, small.direction)
+    assert torch.allclose(large[Column.NOISE][2:] ** 2, beta[1:], rtol=1e-10)
+    assert bool((large[Column.NOISE][2:] > small[Column.NOISE][2:]).all())
+    assert float(large[Column.NOISE][1]) == 0
+    assert torch.equal(large[Column.DIRECTION], small[Column.DIRECTION])
 
 
 def test_optimal_grows_from_fixed_small_with_the_datas_variance():
@@ -401,7 +409,7 @@ def test_optimal_grows_from_fixed_small_with_the_datas_variance():
     def noise(variance, data_variance=None):
         return build_solver(
             schedule, prediction="epsilon", eta=1, variance=variance, data_variance=data_variance
-        ).noise[1:]
+        )[Column.NOISE][1:]
 
     assert torch.allclose(noise("optimal", 1e-12), noise("fixed_small"), atol=1e-6)
     assert torch.allclose(noise("optimal", 1.0)[1:], noise("fixed_large")[1:], rtol=1e-9)
@@ -428,12 +436,12 @@ def test_pure_noise_is_no_singularity_elsewhere(kind, prediction, eta):
     schedule = build_schedule(levels, grid="linspace", steps=10, t=("fraction", 1), start="exact")
     assert schedule.alpha[-1] == 0
     solver = build_solver(schedule, prediction=prediction, eta=eta)
-    assert bool(solver.noise[1:].isfinite().all())
+    assert bool(solver[Column.NOISE][1:].isfinite().all())
     assert bool(walk(schedule, solver, normals(1), [normals(i) for i in range(11)]).isfinite().all())
     x_0, eps = normals(1), normals(2)
     output = {"v_prediction": -x_0, "sample": x_0, "flow": eps - x_0}[prediction]
     node = torch.full((3,), 10)
-    assert torch.allclose(predicted_x0(solver, eps, output, node), x_0, rtol=0, atol=1e-12)
+    assert torch.allclose(step(solver.table[node], eps, output, None)[1], x_0, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("eta", [-0.1, 1.1, float("nan")])
@@ -476,7 +484,7 @@ def test_a_schedule_of_no_steps_has_a_solver():
         solver = build_solver(
             schedule, prediction="epsilon", eta=1, variance=variance, data_variance=data_variance
         )
-        assert bool(solver.noise.isfinite().all())
+        assert bool(solver[Column.NOISE].isfinite().all())
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own
@@ -496,9 +504,7 @@ def test_order_two_is_dpm_solver_multistep(steps, share):
     before = None
     for i, tau in zip(range(schedule.n, 0, -1), told, strict=True):
         node = torch.full((len(x),), i)
-        clean = predicted_x0(solver, x, network(x, tau), node)
-        x = move(solver, x, led_on(solver, clean, before, node), node, torch.zeros_like(x))
-        before = clean
+        x, before = step(solver.table[node], x, network(x, tau), None, before)
         theirs = scheduler.step(network(theirs, tau), tau, theirs).prev_sample
     assert rms(x - theirs) <= 1e-3 * rms(theirs)
 

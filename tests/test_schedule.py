@@ -308,6 +308,8 @@ def test_a_lookup_table_takes_trained_timesteps_only():
 def test_nodes_ascend_and_exact_ends_at_the_target(grid, kind, start, data):
     steps_of_noise = data.draw(st.lists(st.floats(0.01, 2), min_size=2, max_size=60))
     levels = levels_of(kind, torch.tensor(steps_of_noise, dtype=torch.float64).cumsum(0))
+    if kind == "flow" and start == "diffusers-strength":
+        grid = "linspace"  # diffusers has no other for flow matching
     if grid == "list":
         chosen = data.draw(st.sets(st.integers(0, len(levels) - 1), min_size=1))
         grid, steps = tuple(sorted(chosen)), len(chosen)
@@ -322,6 +324,8 @@ def test_nodes_ascend_and_exact_ends_at_the_target(grid, kind, start, data):
     assert all(low < high for low, high in itertools.pairwise(ratios))
     if start == "exact":
         assert schedule.relative_sigma == float(levels.relative_sigma[timestep - 1])
+    if kind == "flow" and start == "diffusers-strength":
+        return  # nodes of diffusers' own, between those of the chain
     known = dict(zip(levels.tau.tolist(), levels.relative_sigma.tolist(), strict=True))
     assert all(known[tau] == ratio for tau, ratio in zip(schedule.tau.tolist()[1:], ratios[1:], strict=True))
 

@@ -53,6 +53,20 @@ def read_label(sample: Sample, field: str) -> int:
     return int(digits[1])
 
 
+def read_text(sample: Sample, field: str) -> str:
+    """The text in `field`, UTF-8, stripped. Raises SampleError `missing-text` or `bad-text`."""
+    data = sample.fields.get(field)
+    if data is None:
+        there = ", ".join(sample.fields)
+        raise SampleError("missing-text", f"sample {sample.key} has no field {field}, only {there}")
+    try:
+        return data.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise SampleError(
+            "bad-text", f"sample {sample.key}: field {field} is not UTF-8 text: {error}"
+        ) from error
+
+
 def travelling(
     sample: Sample,
     *,

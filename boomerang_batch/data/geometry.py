@@ -11,6 +11,7 @@ the picture:
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -49,6 +50,13 @@ class Placement:
         height, width = self.source
         return self.box != (0.0, 0.0, float(width), float(height))
 
+    @property
+    def kept(self) -> tuple[int, int, int, int]:
+        """The whole pixels of the source that went in, as (top, left, bottom, right); may be none."""
+        left, top, right, bottom = self.box
+        first_row, first_column = math.ceil(top), math.ceil(left)
+        return first_row, first_column, max(first_row, int(bottom)), max(first_column, int(right))
+
 
 def place(pixels: Pixels, *, size: tuple[int, int], policy: ResizePolicy) -> tuple[Pixels, Placement]:
     """Bring (H, W, C) to `size` (height, width) of the model; the identity when it has it already.
@@ -78,20 +86,53 @@ def restore(pixels: Pixels, placement: Placement) -> Pixels:
     return resize(np.ascontiguousarray(pixels[top : top + height, left : left + width]), placement.source)
 
 
+def restore_onto(source: Pixels, pixels: Pixels, placement: Placement) -> Pixels:
+    """The source (H, W, C) with the part that went in replaced by what came out, each thing in its own place.
+
+    Equals `restore` where nothing was cropped; where something was, `restore` would stretch the crop.
+    """
+    if source.shape[:2] != placement.source:
+        raise ValueError(f"the source is {source.shape[:2]}, it was placed as {placement.source}")
+    if pixels.shape[:2] != placement.model:
+        raise ValueError(f"the image is {pixels.shape[:2]}, it was placed as {placement.model}")
+    if not placement.crops:
+        return restore(pixels, placement)
+    result = source.copy()
+    top, left, bottom, right = placement.kept
+    if bottom > top and right > left:
+        # The crop's edges may cut through pixels; what comes back are the whole ones within.
+        box_left, box_top, box_right, box_bottom = placement.box
+        height, width = placement.model
+        down, across = height / (box_bottom - box_top), width / (box_right - box_left)
+        part = (
+            max(0.0, (left - box_left) * across),
+            max(0.0, (top - box_top) * down),
+            min(float(width), (right - box_left) * across),
+            min(float(height), (bottom - box_top) * down),
+        )
+        result[top:bottom, left:right] = resize(pixels, (bottom - top, right - left), box=part)
+    return result
+
+
 def refuse_moved_places(fields: Mapping[str, bytes]) -> None:
     """Refuse a sample whose travelling fields hold places in a picture that is cropped or changes its size.
 
     Such are all further images (masks, depth maps), fields and json keys at any depth named after boxes,
     masks, segmentations, keypoints, landmarks or polygons. Raises SampleError `boxes-would-move`.
     """
-    for field, data in fields.items():
-        places = field if field.rpartition(".")[2] in EXTENSIONS or _names_geometry(field) else None
-        if places is None and field.rpartition(".")[2] in ("json", "jsonl"):
-            places = next((f"{field}: {key}" for key in _json_keys(data) if _names_geometry(key)), None)
-        if places is not None:
-            detail = f"{places} tells places in the picture, which resizing would move"
-            fix = "use images.resize contain, stretch or pad with restore_size: true, or drop the field"
-            raise SampleError("boxes-would-move", f"{detail}; {fix}")
+    places = _places(fields)
+    if places is not None:
+        detail = f"{places} tells places in the picture, which resizing would move"
+        fix = "use images.resize contain, stretch or pad with restore_size: true, or drop the field"
+        raise SampleError("boxes-would-move", f"{detail}; {fix}")
+
+
+def refuse_scaled_places(fields: Mapping[str, bytes], *, factor: int) -> None:
+    """Refuse, like `refuse_moved_places`, a sample whose picture comes back `factor` times as large."""
+    places = _places(fields)
+    if places is not None:
+        detail = f"{places} tells places in the picture, which comes back {factor} times as large"
+        raise SampleError("boxes-would-move", f"{detail}; drop the field, or scale its numbers beforehand")
 
 
 def _cover_box(source: tuple[int, int], size: tuple[int, int]) -> tuple[float, float, float, float]:
@@ -121,6 +162,18 @@ def _inner(source: tuple[int, int], size: tuple[int, int], policy: ResizePolicy)
     else:
         inner_height, inner_width = size
     return (model_height - inner_height) // 2, (model_width - inner_width) // 2, inner_height, inner_width
+
+
+def _places(fields: Mapping[str, bytes]) -> str | None:
+    """The first field, or `field: key` of a json field, that tells places in a picture."""
+    for field, data in fields.items():
+        if field.rpartition(".")[2] in EXTENSIONS or _names_geometry(field):
+            return field
+        if field.rpartition(".")[2] in ("json", "jsonl"):
+            key = next((key for key in _json_keys(data) if _names_geometry(key)), None)
+            if key is not None:
+                return f"{field}: {key}"
+    return None
 
 
 def _names_geometry(name: str) -> bool:

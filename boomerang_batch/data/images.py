@@ -14,7 +14,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,9 +26,17 @@ from boomerang_batch.errors import SampleError
 
 Pixels = NDArray[np.uint8]
 
+Filter = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, struct.error)
 _EXIF_ORIENTATION = 0x0112
 _LUMA_MODES = ("1", "L", "LA")
+_FILTERS: dict[Filter, Image.Resampling] = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
 _DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 
 # `warnings.catch_warnings` swaps process-wide state, so only one thread at a time may be inside.
@@ -146,9 +154,13 @@ def to_pixels(values: NDArray[np.float32], value_range: tuple[float, float]) -> 
 
 
 def resize(
-    pixels: Pixels, size: tuple[int, int], *, box: tuple[float, float, float, float] | None = None
+    pixels: Pixels,
+    size: tuple[int, int],
+    *,
+    box: tuple[float, float, float, float] | None = None,
+    filter: Filter = "lanczos",
 ) -> Pixels:
-    """Resample (H, W, C) to `size` (height, width) with antialiased Lanczos; the identity at equal size.
+    """Resample (H, W, C) to `size` (height, width), antialiased; the identity at equal size.
 
     `box` (left, top, right, bottom) picks the part of the source to stretch, in pixels and fractions.
     """
@@ -156,7 +168,7 @@ def resize(
     if pixels.shape[:2] == size and box is None:
         return pixels
     flat = pixels[..., 0] if pixels.shape[2] == 1 else pixels
-    image = Image.fromarray(flat).resize((width, height), Image.Resampling.LANCZOS, box=box)
+    image = Image.fromarray(flat).resize((width, height), _FILTERS[filter], box=box)
     return np.asarray(image).reshape(height, width, pixels.shape[2])
 
 

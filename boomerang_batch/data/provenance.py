@@ -24,20 +24,27 @@ from boomerang_batch.errors import ShardError, VerificationError
 FORMAT_VERSION = 1
 ROW_GROUP_ROWS = 1024
 
-Status = Literal["ok", "original", "failed", "unreadable"]
+Status = Literal["ok", "original", "failed", "unreadable", "dropped"]
+BAD: frozenset[Status] = frozenset({"failed", "unreadable"})
+"""What sets the exit code; what was dropped, the recipe wanted dropped."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """What became of one variant of one sample; None where a fact doesn't apply.
 
-    status      ok, original (kept, variant -1), failed (the sample was read) or unreadable (it was not)
-    reason      kebab-case word for failed and unreadable; `detail` its sentence, absent under anonymize
+    status      ok, original (kept, variant -1), failed (the sample was read), unreadable (it was not), or
+                dropped (made, and left out as the recipe wants)
+    reason      kebab-case word for what has no output; `detail` its sentence, absent under anonymize
     offset      where in the input shard unreadable bytes begin
     *_digest    SHA-256 hex; of the source under anonymize a MAC; pixel_digest as the function here makes it
     sigma       noise std relative to the clean signal at the point where the walk back began; `t` as text,
                 `node` and `tau` tell the same point in the schedule's and the network's terms
-    evaluations network calls per sample
+    evaluations network calls per sample, those of all passes together
+    passes      how often Boomerang was applied; more than 1 in a cascade
+    batch_size  the smallest batch shape it was computed in; less than the recipe's only with batching elastic
+    dtype       what the network computed in; float32 also where half precision had failed
+    flagged     whether the model's safety checker objects; None where it was not asked
     width, height  of the output, in pixels
     """
 
@@ -57,6 +64,10 @@ class Row:
     evaluations: int | None = None
     sampler: str | None = None
     eta: float | None = None
+    passes: int | None = None
+    batch_size: int | None = None
+    dtype: str | None = None
+    flagged: bool | None = None
     noise_key_id: str | None = None
     label: int | None = None
     width: int | None = None
@@ -66,7 +77,13 @@ class Row:
     versions: str
 
 
-_ARROW_TYPES = {"str": pa.string(), "Status": pa.string(), "int": pa.int64(), "float": pa.float64()}
+_ARROW_TYPES = {
+    "str": pa.string(),
+    "Status": pa.string(),
+    "int": pa.int64(),
+    "float": pa.float64(),
+    "bool": pa.bool_(),
+}
 
 SCHEMA: pa.Schema = pa.schema(
     [
@@ -131,7 +148,7 @@ def read_rows(source: Path | str | BinaryIO) -> list[Row]:
 
 def _contradiction(row: Row) -> str | None:
     """What a row says that can't be: every bad one has its reason, every good one its output."""
-    bad = row.status in ("failed", "unreadable")
+    bad = row.status not in ("ok", "original")
     if row.status not in get_args(Status):
         return f"unknown status {row.status}"
     if bad != (row.reason is not None):

@@ -10,14 +10,15 @@ Small t stays close to the input, large t forgets it; t = 0 is the identity.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from boomerang_batch.diffusion.denoiser import Denoiser
+from boomerang_batch.diffusion.denoiser import Condition, Denoiser
 from boomerang_batch.diffusion.noise import Purpose, key_words, normal
-from boomerang_batch.diffusion.samplers import Solver, led_on, move, predicted_x0
+from boomerang_batch.diffusion.samplers import Solver, step
 from boomerang_batch.diffusion.schedule import Schedule
 
 
@@ -55,16 +56,18 @@ def boomerang(
     schedule: Schedule,
     solver: Solver,
     noise: Noise,
-    labels: Tensor | None = None,
+    conditions: Sequence[Condition] | None = None,
 ) -> Tensor:
     """Local samples around `x_0`, at the noise level where `schedule` ends.
 
-    x_0 (B, C, H, W) in the denoiser's value range; labels (B,) int64 for a class-conditional one. Returns
+    x_0 (B, C, H, W), states of the denoiser; conditions: a label or prompt for each, None for none. Returns
     (B, C, H, W) of x_0's dtype. Evaluates the network `schedule.n` times.
     """
     n = schedule.n
     if n == 0:
         return x_0
+    if conditions is None:
+        conditions = [None] * len(x_0)
 
     # Out: one jump to node n.
     node = torch.full((len(x_0),), n, dtype=torch.int64)
@@ -75,8 +78,6 @@ def boomerang(
     before = None
     for i in range(n, 0, -1):
         node = torch.full((len(x_0),), i, dtype=torch.int64)
-        output = denoiser.denoise(x_t, schedule.tau[node], labels)
-        clean = predicted_x0(solver, x_t, output, node)
-        x_t = move(solver, x_t, led_on(solver, clean, before, node), node, noise.reverse(node))
-        before = clean
+        output = denoiser.denoise(x_t, schedule.tau[node], conditions)
+        x_t, before = step(solver.table[node], x_t, output, noise.reverse(node), before)
     return x_t

@@ -1,11 +1,13 @@
-"""What the algorithm asks of a model: a few facts and one method. `models/` implements it, tests fake it.
+"""What the algorithm asks of a model: a few facts and five methods. `models/` implements it, tests fake it.
 
-A denoiser acts per sample: row b of its output depends on row b of its input alone, so samples at different
-noise levels can share a batch.
+The algorithm works on a state: the image itself for a pixel-space model, its autoencoder's latent for a latent
+one. Every method acts per sample: row b of its output depends on row b of its input alone, so samples at
+different noise levels, under different labels or prompts, can share a batch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -15,6 +17,10 @@ from boomerang_batch.diffusion.schedule import NoiseLevels
 
 Prediction = Literal["epsilon", "sample", "v_prediction", "flow", "score"]
 
+Condition = int | str | None
+"""What one sample is drawn under: a class label, a prompt, or nothing. To a text model nothing means the prompt
+that the recipe has for all."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DenoiserSpec:
@@ -23,19 +29,38 @@ class DenoiserSpec:
     channels: int
     height: int
     width: int
+    """Of the image, in pixels; the size the model was trained on."""
+    size_multiple: int | None = None
+    """Other sizes are fine if height and width are multiples of this; None: the trained size only."""
+    latent: bool = False
+    """Whether the state is an autoencoder's latent instead of the image."""
+    state_factor: int = 1
+    """Pixels a side that one element of the state stands for."""
     value_range: tuple[float, float]
     """Pixel values the model was trained on: (-1, 1) or (0, 1)."""
     levels: NoiseLevels
+    levels_of_size: Callable[[int, int], NoiseLevels] | None = None
+    """The chain for images of another (height, width), where it depends on that (Flux's dynamic shift)."""
     prediction: Prediction
     """epsilon, x_0 (sample), v (arXiv 2202.00512), flow velocity eps - x_0, or score -eps / sigma."""
+    learned_variance: bool = False
+    """Whether the output has a second half of channels, in [-1, 1], that interpolates the log variance between
+    fixed_small and fixed_large (arXiv 2102.09672, eq. 15)."""
     clip_range: float | None
     """Predicted x_0 is clamped to [-clip_range, clip_range]; None: not clamped."""
     fractional_tau: bool
     """False when the time embedding is a table, so that tau must be one of the trained ones."""
+    conditioning: Literal["none", "label", "prompt"] = "none"
     classes: int | None
-    """Rows of the class embedding, the null label included; None: unconditional."""
+    """Rows of the class embedding, the null label included; None: not conditioned on classes."""
+    safety: bool = False
+    """Whether a safety checker was loaded with the model."""
     digest: str
-    """SHA-256 (hex) over the network's configuration, the scheduler's and the weights."""
+    """SHA-256 (hex) over the configurations and the weights of every part that is used."""
+
+    def levels_at(self, height: int, width: int) -> NoiseLevels:
+        """The chain for images of this size, in pixels."""
+        return self.levels_of_size(height, width) if self.levels_of_size else self.levels
 
 
 class Denoiser(Protocol):
@@ -46,10 +71,29 @@ class Denoiser(Protocol):
         """What the model is."""
         ...
 
-    def denoise(self, x_t: Tensor, tau: Tensor, labels: Tensor | None) -> Tensor:
-        """The network's raw output, (B, C, H, W) float32.
+    def encode(self, images: Tensor) -> Tensor:
+        """The states of images (B, C, H, W) float32 in the value range; the identity for a pixel model."""
+        ...
 
-        x_t (B, C, H, W) float32, tau (B,) float64 on the CPU, labels (B,) int64 or None for an unconditional
-        model.
+    def decode(self, x_0: Tensor) -> Tensor:
+        """The images (B, C, H, W) float32 of states; the identity for a pixel model."""
+        ...
+
+    def denoise(self, x_t: Tensor, tau: Tensor, conditions: Sequence[Condition]) -> Tensor:
+        """The network's raw output for states x_t, guidance applied, float32 on x_t's device.
+
+        x_t (B, c, h, w) float32, tau (B,) float64 on the CPU, one condition per row. Returns (B, c, h, w), or
+        (B, 2c, h, w) where the model learned its variance.
         """
+        ...
+
+    def flagged(self, images: Tensor) -> list[bool]:
+        """Whether the model's own safety checker flags each of images (B, C, H, W) float32 in the value range.
+
+        All False unless spec.safety.
+        """
+        ...
+
+    def in_float32(self) -> Denoiser:
+        """The same model in full precision, itself if it is; to retry what came out as NaN."""
         ...

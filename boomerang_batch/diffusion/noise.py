@@ -78,19 +78,62 @@ def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple
 
 
 def normal(
-    keys: Tensor, shape: Sequence[int], *, purpose: Purpose, node: Tensor, pass_index: int = 0
+    keys: Tensor, shape: Sequence[int], *, purpose: Purpose, node: Tensor, pass_index: Tensor | int = 0
 ) -> Tensor:
     """Standard normals (B, *shape) float32 on keys' device.
 
-    keys (B, 4) from `key_words`; node (B,) int64 in [0, 65535]; pass_index in [0, 255]. Element e of a row is
-    normal e % 4 of block e // 4, whatever the shape.
+    keys (B, 4) from `key_words`; node (B,) int64 in [0, 65535]; pass_index in [0, 255], (B,) int64 or one for
+    all. Element e of a row is normal e % 4 of block e // 4, whatever the shape.
     """
     count = math.prod(shape)
     blocks = torch.arange(-(-count // 4), device=keys.device, dtype=torch.int64)[None, :]
-    label = (int(purpose) << 24) | (pass_index << 16)
-    word_1 = (node.to(keys.device) | label)[:, None]
+    flat = _of_blocks(keys, blocks, _label(keys, purpose, node, pass_index))[:, :count]
+    return flat.contiguous().view(len(keys), *shape)
+
+
+def normal_window(
+    keys: Tensor,
+    shape: tuple[int, int, int],
+    *,
+    corner: Tensor,
+    field: Tensor,
+    purpose: Purpose,
+    node: Tensor,
+    pass_index: Tensor | int = 0,
+) -> Tensor:
+    """Windows (B, C, h, w) of larger fields: tiles of one image, each noised as the whole would be.
+
+    Row b is bitwise `normal(keys, (C, H, W), ...)[b, :, top : top + h, left : left + w]`, with corner (B, 2)
+    int64 of (top, left) and field (B, 2) int64 of (H, W); only the blocks under the window are computed.
+    Windows must lie inside their fields, which is not checked, because checking would wait for the device.
+    """
+    channels, height, width = shape
+    corner, field = corner.to(keys.device), field.to(keys.device)
+    top, left, field_height, field_width = (
+        values[:, i, None, None] for values in (corner, field) for i in range(2)
+    )
+    channel = torch.arange(channels, device=keys.device)[:, None]
+    line = torch.arange(height, device=keys.device)
+    # A window's line is a run of `width` elements; a run that starts within a block touches one block more.
+    start = ((channel * field_height + top + line) * field_width + left).flatten(1)
+    run = torch.arange((width + 2) // 4 + 1, device=keys.device)
+    blocks = ((start >> 2)[..., None] + run).flatten(1)
+    drawn = _of_blocks(keys, blocks, _label(keys, purpose, node, pass_index))
+    offset = (start & 3)[..., None] + torch.arange(width, device=keys.device)
+    return drawn.view(*start.shape, -1).gather(2, offset).view(len(keys), *shape)
+
+
+def _label(keys: Tensor, purpose: Purpose, node: Tensor, pass_index: Tensor | int) -> Tensor:
+    """Counter word 1 (B, 1): what the draw is for."""
+    if isinstance(pass_index, Tensor):
+        pass_index = pass_index.to(keys.device)
+    return (node.to(keys.device) | (int(purpose) << 24) | (pass_index << 16))[:, None]
+
+
+def _of_blocks(keys: Tensor, blocks: Tensor, label: Tensor) -> Tensor:
+    """The four normals of each block, (B, 4n) float32; blocks (B or 1, n)."""
     k0, k1, c2, c3 = (keys[:, i : i + 1] for i in range(4))
-    words = philox4x32((blocks, word_1, c2, c3), (k0, k1))
+    words = philox4x32((blocks, label, c2, c3), (k0, k1))
 
     # Box-Muller on the pairs (0, 1) and (2, 3): radius from the first word of a pair, angle from the second.
     parts = []
@@ -98,5 +141,14 @@ def normal(
         radius = torch.sqrt(-2 * torch.log((first.double() + 1) * 2.0**-32))
         angle = second.double() * (2 * math.pi * 2.0**-32)
         parts += [radius * torch.cos(angle), radius * torch.sin(angle)]
-    flat = torch.stack(parts, dim=-1).flatten(1)[:, :count]
-    return flat.float().view(len(keys), *shape)
+    return torch.stack(parts, dim=-1).flatten(1).float()
+
+
+def uniform(key: bytes, *, purpose: Purpose) -> float:
+    """One uniform number in (0, 1) for a noise key: the middle of one of 2**32 equal parts."""
+    words = key_words([key])
+    counter = torch.tensor([int(purpose) << 24])
+    first, *_ = philox4x32(
+        (torch.zeros_like(counter), counter, words[:, 2], words[:, 3]), (words[:, 0], words[:, 1])
+    )
+    return (int(first) + 0.5) * 2.0**-32

@@ -6,14 +6,20 @@ noise (DDIM: arXiv 2010.02502, eq. 12 and 16):
     x'     = alpha' * x0h + sqrt(sigma'^2 - zeta^2) * eh + w * z,   z ~ N(0, I)
     zeta^2 = eta^2 * (sigma'^2 / sigma^2) * (sigma^2 - (alpha / alpha')^2 * sigma'^2)
 
-eta = 1 is DDPM and Euler-ancestral, eta = 0 is DDIM and Euler. w is zeta for the paper's `fixed_small`; the
-other variance choices widen w alone. DPM-Solver++(2M) (arXiv 2211.01095) is the step of eta = 0 with x0h led
-on by its change since the node before. Every table is float64; the state is float32.
+eta = 1 is DDPM and Euler-ancestral, eta = 0 is DDIM and Euler; on a flow-matching chain they are flow ancestral
+and flow Euler. w is zeta for the paper's `fixed_small`; the other variance choices change w alone.
+DPM-Solver++(2M) (arXiv 2211.01095) is the step of eta = 0 with x0h led on by its change since the node before.
+
+A solver is a table with a row for every node, so a batch may mix nodes and whole walks: `step` takes one row
+per sample. Tables are float64; the state is float32.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Literal
 
 import torch
@@ -23,27 +29,43 @@ from boomerang_batch.diffusion.denoiser import Prediction
 from boomerang_batch.diffusion.schedule import Schedule
 from boomerang_batch.errors import ConfigError
 
-Variance = Literal["fixed_small", "fixed_large", "optimal"]
+Variance = Literal["fixed_small", "fixed_large", "optimal", "learned"]
+
+
+class Column(IntEnum):
+    """What the columns of a solver's table are: coefficients of the step that leaves the row's node."""
+
+    ALPHA = 0
+    SIGMA = 1
+    FROM_X = 2
+    """x0h = FROM_X * x_t + FROM_OUTPUT * output."""
+    FROM_OUTPUT = 3
+    CLIP = 4
+    """Bound of |x0h|; infinite where it is not clamped."""
+    LEAD = 5
+    """How far order 2 leads x0h on, as a share of its change since the node before."""
+    ALPHA_NEXT = 6
+    DIRECTION = 7
+    """sqrt(sigma'^2 - zeta^2), the weight of eh."""
+    NOISE = 8
+    """w, the standard deviation of the fresh noise; 1 where it is learned."""
+    LOG_SMALL = 9
+    LOG_LARGE = 10
+    """Log variances that a learned variance lies between; both 0 where it is not learned."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Solver:
-    """Coefficients of every step of a schedule, float64, index i = the step from node i to node i - 1.
+    """How one schedule is walked. `table` (n + 1, columns) float64; row 0 is unused."""
 
-    All tensors have shape (n + 1,); index 0 is unused. `clip_range` bounds predicted x_0, or is None.
-    """
+    table: Tensor
+    order: int
+    learned: bool
+    """Whether the network's second half of channels says how much noise a step adds."""
 
-    prediction: Prediction
-    clip_range: float | None
-    alpha: Tensor
-    sigma: Tensor
-    alpha_next: Tensor
-    direction: Tensor
-    """sqrt(sigma'^2 - zeta^2), the weight of eh."""
-    noise: Tensor
-    """w, the standard deviation of the fresh noise."""
-    lead: Tensor | None
-    """How far order 2 leads x0h on, as a share of its change since the node before; None for order 1."""
+    def __getitem__(self, column: Column) -> Tensor:
+        """One coefficient of every step, (n + 1,)."""
+        return self.table[:, column]
 
 
 def build_solver(
@@ -64,6 +86,7 @@ def build_solver(
     fixed_large: the forward chain's own variance beta (eta 1; not for flow, whose beta is unbounded).
     optimal: fixed_small + c_0^2 * P with P the posterior variance of x_0 for Gaussian data of per-element
     variance `data_variance`; then every step's output variance is exact for such data on any grid.
+    learned: between fixed_small and fixed_large, as the network says (arXiv 2102.09672, eq. 15).
     Raises ConfigError for combinations that have no meaning.
     """
     if not 0 <= eta <= 1:
@@ -87,27 +110,54 @@ def build_solver(
     extra = torch.zeros_like(posterior)
     if variance != "fixed_small" and eta != 1:
         raise ConfigError(f"variance {variance} is defined for eta 1 only; eta is {eta}")
-    if variance == "fixed_large":
+    if variance in ("fixed_large", "learned"):
         if schedule.kind == "flow":
-            raise ConfigError("variance fixed_large has no meaning for flow matching; use fixed_small")
+            raise ConfigError(f"variance {variance} has no meaning for flow matching; use fixed_small")
         # No noise enters at the last step, as in DDPM's sampler.
-        extra = torch.where(sigma_next > 0, forward - posterior, extra)
+        extra = torch.where(posterior > 0, forward - posterior, extra)
     if variance == "optimal":
         if data_variance is None:
             raise ConfigError("variance optimal needs data_variance")
         x0_weight = alpha_next - direction * alpha / safe
         uncertainty = data_variance * sigma**2 / (alpha**2 * data_variance + sigma**2)
         extra = x0_weight**2 * uncertainty
-    return Solver(
-        prediction=prediction,
-        clip_range=clip_range,
-        alpha=alpha,
-        sigma=sigma,
-        alpha_next=alpha_next,
-        direction=direction,
-        noise=(eta**2 * posterior + extra).clamp(min=0).sqrt(),
-        lead=_lead(schedule) if order == 2 else None,
-    )
+    noise = (eta**2 * posterior + extra).clamp(min=0).sqrt()
+    log_small = log_large = torch.zeros_like(noise)
+    if variance == "learned":
+        noisy = posterior > 0
+        log_small, log_large = (
+            torch.where(noisy, value, torch.ones_like(value)).log() for value in (posterior, forward)
+        )
+        noise = noisy.double()
+    from_x, from_output = _readings(prediction, alpha, sigma)
+    columns = {
+        Column.ALPHA: alpha,
+        Column.SIGMA: safe,
+        Column.FROM_X: from_x,
+        Column.FROM_OUTPUT: from_output,
+        Column.CLIP: torch.full_like(alpha, math.inf if clip_range is None else clip_range),
+        Column.LEAD: _lead(schedule) if order == 2 else torch.zeros_like(alpha),
+        Column.ALPHA_NEXT: alpha_next,
+        Column.DIRECTION: direction,
+        Column.NOISE: noise,
+        Column.LOG_SMALL: log_small,
+        Column.LOG_LARGE: log_large,
+    }
+    table = torch.stack([columns[column] for column in Column], dim=1)
+    return Solver(table=table, order=order, learned=variance == "learned")
+
+
+def _readings(prediction: Prediction, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """What x0h is made of: the weights of x_t and of the network's output."""
+    one = torch.ones_like(alpha)
+    readings = {
+        "epsilon": (1 / alpha, -sigma / alpha),
+        "sample": (0 * one, one),
+        "v_prediction": (alpha, -sigma),
+        "flow": (one, -sigma),
+        "score": (1 / alpha, sigma**2 / alpha),  # output = -eps / sigma
+    }
+    return readings[prediction]
 
 
 def _lead(schedule: Schedule) -> Tensor:
@@ -119,52 +169,53 @@ def _lead(schedule: Schedule) -> Tensor:
     return lead
 
 
-def predicted_x0(solver: Solver, x_t: Tensor, output: Tensor, node: Tensor) -> Tensor:
-    """The clean sample a network's raw output stands for, clamped if the solver says so.
+def jump(rows: Tensor, x_0: Tensor, eps: Tensor) -> Tensor:
+    """The forward process in one draw, x_t = alpha * x_0 + sigma * eps, to the node of each sample's row.
 
-    x_t, output (B, C, H, W); node (B,) int64 on the CPU, each row's node. Returns (B, C, H, W) in x_t's dtype.
+    rows (B, columns) as in a solver's table; x_0, eps (B, C, H, W). Returns x_0's shape and dtype.
     """
-    alpha, sigma = _rows(solver.alpha, node, x_t), _rows(solver.sigma, node, x_t)
-    if solver.prediction == "epsilon":
-        x0 = (x_t - sigma * output) / alpha
-    elif solver.prediction == "sample":
-        x0 = output
-    elif solver.prediction == "v_prediction":
-        x0 = alpha * x_t - sigma * output
-    elif solver.prediction == "flow":
-        x0 = x_t - sigma * output
-    else:  # score: output = -eps / sigma
-        x0 = (x_t + sigma**2 * output) / alpha
-    return x0 if solver.clip_range is None else x0.clamp(-solver.clip_range, solver.clip_range)
+    return _spread(rows, Column.ALPHA, x_0) * x_0 + _spread(rows, Column.SIGMA, x_0) * eps
 
 
-def step(solver: Solver, x_t: Tensor, output: Tensor, node: Tensor, z: Tensor) -> Tensor:
-    """One reverse step of each row, from its node to the next lower one.
+def step(
+    rows: Tensor,
+    x_t: Tensor,
+    output: Tensor,
+    z: Tensor | None,
+    before: Tensor | None = None,
+    known: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One reverse step of each sample, from its row's node to the next lower one.
 
-    x_t, output, z (B, C, H, W); node (B,) int64, all >= 1. The noise estimate is re-derived from the clamped
-    x_0, which makes eta = 1 with clamping equal to DDPM's own step.
+    rows (B, columns); x_t, z (B, C, H, W), z None where no row adds noise; output (B, C, H, W), or with a
+    learned variance (B, 2C, H, W). before: the x0h of each sample's node before, for order 2; its value is
+    ignored where a row does not lead on, but must be finite. known: (x_0, mask), what x_0 is wherever mask
+    (B, 1, H, W) is false; there the step draws from q(x' | x_t, x_0), so that the known part has each node's
+    own noise level. Returns the new state and x0h.
+
+    eh is re-derived from the clamped x0h, which makes eta = 1 with clamping equal to DDPM's own step.
     """
-    return move(solver, x_t, predicted_x0(solver, x_t, output, node), node, z)
+    channels = x_t.shape[1]
+    at = functools.partial(_spread, rows, like=x_t)
+    mean = output[:, :channels]
+    clip = at(Column.CLIP)
+    x0 = (at(Column.FROM_X) * x_t + at(Column.FROM_OUTPUT) * mean).clamp(-clip, clip)
+    if known is not None:
+        x0 = torch.where(known[1], x0, known[0])
+    led = x0 if before is None else x0 + at(Column.LEAD) * (x0 - before)
+    eps = (x_t - at(Column.ALPHA) * led) / at(Column.SIGMA)
+    moved = at(Column.ALPHA_NEXT) * led + at(Column.DIRECTION) * eps
+    if z is None:
+        return moved, x0
+    noise = at(Column.NOISE)
+    if output.shape[1] == 2 * channels:
+        share = (output[:, channels:] + 1) / 2
+        log_variance = share * at(Column.LOG_LARGE) + (1 - share) * at(Column.LOG_SMALL)
+        # In float64, where a last-bit difference between two exp kernels is gone after rounding.
+        noise = noise * (0.5 * log_variance.double()).exp().to(x_t.dtype)
+    return moved + noise * z, x0
 
 
-def led_on(solver: Solver, x0: Tensor, before: Tensor | None, node: Tensor) -> Tensor:
-    """The clean sample an order-2 solver steps with: x0, led on by its change since the node `before` it."""
-    if solver.lead is None or before is None:
-        return x0
-    return x0 + _rows(solver.lead, node, x0) * (x0 - before)
-
-
-def move(solver: Solver, x_t: Tensor, x0: Tensor, node: Tensor, z: Tensor) -> Tensor:
-    """`step`, for a clean sample x0 (B, C, H, W) that is already known."""
-    alpha, sigma = _rows(solver.alpha, node, x_t), _rows(solver.sigma, node, x_t)
-    eps = (x_t - alpha * x0) / sigma
-    return (
-        _rows(solver.alpha_next, node, x_t) * x0
-        + _rows(solver.direction, node, x_t) * eps
-        + _rows(solver.noise, node, x_t) * z
-    )
-
-
-def _rows(table: Tensor, node: Tensor, like: Tensor) -> Tensor:
-    """table[node] shaped (B, 1, 1, 1) to act on `like`, in its dtype and on its device."""
-    return table[node].to(device=like.device, dtype=like.dtype).view(-1, *[1] * (like.ndim - 1))
+def _spread(rows: Tensor, column: Column, like: Tensor) -> Tensor:
+    """One column shaped (B, 1, 1, 1) to act on `like`, in its dtype."""
+    return rows[:, column].to(device=like.device, dtype=like.dtype).view(-1, *[1] * (like.ndim - 1))

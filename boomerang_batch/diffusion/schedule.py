@@ -30,13 +30,22 @@ class NoiseLevels:
     """The chain a model was trained on. Array index j = 0..T-1 is the paper's timestep t = j + 1.
 
     alpha, sigma, tau: float64 tensors of shape (T,), relative noise positive and ascending. Raises ConfigError
-    when it is not.
+    when it is not. The last three fields matter to start diffusers-strength alone, which repeats what diffusers
+    does with the model's scheduler configuration.
     """
 
     kind: Kind
     alpha: Tensor
     sigma: Tensor
     tau: Tensor
+    shift: float = 1.0
+    """Flow: s = shift * raw / (1 + (shift - 1) * raw), raw spread evenly over (0, 1] (arXiv 2403.03206)."""
+    steps_offset: int = 0
+    """What diffusers adds to every train index of a leading grid."""
+    end: tuple[float, float] = (1.0, 0.0)
+    """(alpha, sigma) where diffusers' walk ends; abar_0 instead of clean where set_alpha_to_one is false."""
+    raw_floor: float | None = None
+    """Flow: raw of the lowest node of diffusers' grid; None: 1 / steps."""
 
     def __post_init__(self) -> None:
         ratios = self.relative_sigma
@@ -89,9 +98,10 @@ def ve_levels(sigma: Tensor, tau: Tensor) -> NoiseLevels:
     return NoiseLevels(kind="ve", alpha=torch.ones_like(sigma).double(), sigma=sigma.double(), tau=tau.double())
 
 
-def flow_levels(s: Tensor, tau: Tensor) -> NoiseLevels:
-    """Flow matching: alpha = 1 - s, sigma = s. s (T,) ascending in (0, 1]."""
-    return NoiseLevels(kind="flow", alpha=1 - s.double(), sigma=s.double(), tau=tau.double())
+def flow_levels(s: Tensor, tau: Tensor, *, shift: float = 1.0, raw_floor: float | None = None) -> NoiseLevels:
+    """Flow matching: alpha = 1 - s, sigma = s. s (T,) ascending in (0, 1], already shifted."""
+    s = s.double()
+    return NoiseLevels(kind="flow", alpha=1 - s, sigma=s, tau=tau.double(), shift=shift, raw_floor=raw_floor)
 
 
 def grid_indices(grid: Grid, *, steps: int, train_steps: int) -> list[int]:
@@ -138,8 +148,8 @@ def build_schedule(
     clean signal, snr = 1 / sigma^2. t = 0 is the identity, n = 0, under every policy.
     exact: the grid's nodes with less noise than the target, then the target itself.
     snap: the grid cut at its node nearest to the target in log noise.
-    diffusers-strength: the lowest min(int(steps * fraction), steps) nodes, as Stable Diffusion's img2img cuts
-    them; takes a fraction only.
+    diffusers-strength: the nodes and the cut of diffusers' img2img pipelines, rounding included; takes a
+    fraction only.
     Raises ConfigError when t lies outside the chain or needs a tau the network can't be told.
     """
     unit, value = t
@@ -147,7 +157,7 @@ def build_schedule(
     if start == "diffusers-strength":
         if unit != "fraction" or not 0 <= value <= 1:
             raise ConfigError(f"start diffusers-strength needs t as a fraction in 0..1, not {unit}={value:g}")
-        return _nodes(levels, nodes[: int(steps * value)])
+        return _strength_nodes(levels, nodes, grid=grid, steps=steps, strength=value)
     target = _target(levels, unit, value)
     if target is None:
         return _nodes(levels, [])
@@ -165,6 +175,41 @@ def build_schedule(
     tau = tau if fractional_tau else round(tau)
     below = [j for j in nodes if sigma * float(levels.alpha[j]) > float(levels.sigma[j]) * alpha * (1 + 1e-12)]
     return _nodes(levels, below, last=(alpha, sigma, tau))
+
+
+def _strength_nodes(
+    levels: NoiseLevels, nodes: list[int], *, grid: Grid, steps: int, strength: float
+) -> Schedule:
+    """What diffusers' img2img walks at a strength: the lowest int(steps * strength) nodes of its grid, but one
+    more for flow models where that is no whole number; and its walk may end short of the clean node.
+
+    A flow model's grid has one spacing, even in the raw level before the shift; raw is 1 at the top.
+    """
+    if levels.kind == "flow":
+        if grid != "linspace":
+            raise ConfigError(
+                f"grid {grid} with start diffusers-strength: diffusers spaces a flow model's nodes evenly "
+                "before its shift and knows no other grid; write grid: linspace, or take another start"
+            )
+        count = steps - int(max(steps - steps * strength, 0))
+        floor = 1 / steps if levels.raw_floor is None else levels.raw_floor
+        raw = torch.linspace(1, floor, steps, dtype=torch.float64).flip(0)[:count]
+        s = levels.shift * raw / (1 + (levels.shift - 1) * raw)
+        rows = torch.stack([1 - s, s, s * (levels.tau[-1] / levels.sigma[-1])])
+    else:
+        offset = levels.steps_offset if grid == "leading" else 0
+        cut = torch.tensor(sorted(set(nodes[: int(steps * strength)])), dtype=torch.long) + offset
+        if len(cut) and int(cut[-1]) >= len(levels):
+            raise ConfigError(
+                f"steps {steps} with the model's steps_offset {offset} leaves the chain of {len(levels)}; "
+                "take fewer steps"
+            )
+        rows = torch.stack([levels.alpha, levels.sigma, levels.tau])[:, cut]
+    if rows.shape[1] == 0:
+        return _nodes(levels, [])
+    end = torch.tensor([*levels.end, 0.0], dtype=torch.float64).view(3, 1)
+    alpha, sigma, tau = torch.cat([end, rows], dim=1)
+    return Schedule(kind=levels.kind, alpha=alpha, sigma=sigma, tau=tau)
 
 
 def _listed(grid: Sequence[int], *, steps: int, top: int) -> list[int]:

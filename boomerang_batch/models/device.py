@@ -7,12 +7,44 @@ own. They trade a little speed for repeatability on one stack.
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass, replace
 
 import torch
 
+from boomerang_batch.config.pipeline import ModelSpec
 from boomerang_batch.errors import ModelError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where and how a model's networks run."""
+
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    memory_format: torch.memory_format = torch.contiguous_format
+    compiled: bool = False
+    """Whether the denoising network goes through torch.compile, for its one shape."""
+
+    @property
+    def is_half(self) -> bool:
+        """Whether networks run in 16 bits."""
+        return self.dtype != torch.float32
+
+    def in_float32(self) -> Placement:
+        """The same in full precision, uncompiled: the few samples that need it would not repay compiling."""
+        return replace(self, dtype=torch.float32, compiled=False)
+
+
+def choose_placement(spec: ModelSpec, device: str) -> Placement:
+    """Where and how the recipe's model runs on `device` (cpu, cuda or auto). Raises ModelError."""
+    return Placement(
+        device=choose_device(device, dtype=spec.dtype),
+        dtype=DTYPES[spec.dtype],
+        memory_format=torch.channels_last if spec.channels_last else torch.contiguous_format,
+        compiled=spec.compile,
+    )
 
 
 def choose_device(device: str, *, dtype: str) -> torch.device:

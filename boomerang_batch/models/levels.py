@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,12 +39,14 @@ VE_SCHEDULERS = ("ScoreSdeVeScheduler",)
 # Files written before a field existed lack it; diffusers then takes the class's default, and so do we. Most
 # schedulers never clamp: for them the field means nothing.
 _CLIP_DEFAULT = {"DDPMScheduler": True, "DDIMScheduler": True, "HeunDiscreteScheduler": False}
+# diffusers' DDIM and PNDM walk to abar_0 instead of the clean sample where set_alpha_to_one is false.
+_ALPHA_TO_ONE_DEFAULT = {"DDIMScheduler": True, "PNDMScheduler": False}
 _VP_PREDICTIONS = ("epsilon", "sample", "v_prediction")
 _UNSUPPORTED = {
     "thresholding": (True, "dynamic thresholding of x_0 is not supported"),
     "use_flow_sigmas": (True, "flow-matching sigmas are not supported for pixel models"),
     "timestep_type": ("continuous", "a network told log-sigmas instead of timesteps is not supported"),
-    "variance_type": (("learned", "learned_range"), "learned variances are not supported"),
+    "variance_type": ("learned", "of learned variances, only learned_range is supported"),
 }
 
 
@@ -56,6 +58,7 @@ class Chain:
     prediction: Prediction
     clip_range: float | None
     value_range: tuple[float, float]
+    learned_variance: bool = False
 
 
 def read_chain(config: Config, *, source: str) -> Chain:
@@ -87,7 +90,7 @@ def _variance_exploding(config: Config, source: str) -> Chain:
 def _variance_preserving(config: Config, source: str) -> Chain:
     for field, (refused, reason) in _UNSUPPORTED.items():
         value = config.get(field)
-        if value == refused or (isinstance(refused, tuple) and value in refused):
+        if value == refused:
             raise ModelError(f"{source}: {field}: {value!r}: {reason}")
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in _VP_PREDICTIONS:
@@ -105,15 +108,37 @@ def _variance_preserving(config: Config, source: str) -> Chain:
     if rescaled:
         alpha_bar = _zero_terminal_snr(alpha_bar)
     name = config["_class_name"]
+    levels = vp_levels(alpha_bar)
+    lowest = (float(levels.alpha[0]), float(levels.sigma[0]))
     clamps = name in _CLIP_DEFAULT and config.get("clip_sample", _CLIP_DEFAULT[name])
     return Chain(
-        levels=vp_levels(alpha_bar),
+        levels=replace(
+            levels,
+            steps_offset=_offset(config, source),
+            end=levels.end if _ends_clean(config) else lowest,
+        ),
         prediction=prediction,
         clip_range=_positive({"clip_sample_range": 1.0, **config}, "clip_sample_range", source)
         if clamps
         else None,
         value_range=(-1.0, 1.0),
+        learned_variance=config.get("variance_type") == "learned_range",
     )
+
+
+def _ends_clean(config: Config) -> bool:
+    """Whether diffusers' walk ends at the clean sample; else at the lowest noise level of the training."""
+    name = config["_class_name"]
+    if name in _ALPHA_TO_ONE_DEFAULT:
+        return bool(config.get("set_alpha_to_one", _ALPHA_TO_ONE_DEFAULT[name]))
+    return config.get("final_sigmas_type", "zero") != "sigma_min"
+
+
+def _offset(config: Config, source: str) -> int:
+    value = config.get("steps_offset", 0)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ModelError(f"{source}: steps_offset is {value!r}; it must be a whole number, 0 or more")
+    return value
 
 
 def _betas(config: Config, source: str) -> Tensor:

@@ -1,31 +1,29 @@
-"""A network's configuration checked against the recipe, and its weights read into a module.
+"""What a UNet2DModel is, from its configuration, checked against the recipe before any weight is read.
 
-What a model can't do, or the recipe forgot to say, is refused here, before any weight is read. Loading is
-strict: a tensor that is missing, left over or of another shape is an error, never a random initialisation.
+What a model can't do, or the recipe forgot to say, is refused here.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
-from diffusers import UNet2DModel
-from safetensors import SafetensorError
-
 from boomerang_batch.config.pipeline import ModelSpec
 from boomerang_batch.diffusion.denoiser import DenoiserSpec
 from boomerang_batch.errors import ModelError
+from boomerang_batch.models.autoencoder import Autoencoder
 from boomerang_batch.models.levels import Chain
 from boomerang_batch.models.source import Source
 
 
-def describe(source: Source, chain: Chain, spec: ModelSpec) -> DenoiserSpec:
-    """The denoiser's facts, from its configurations and the recipe.
+def describe(
+    source: Source, chain: Chain, spec: ModelSpec, autoencoder: Autoencoder | None = None
+) -> DenoiserSpec:
+    """The denoiser's facts, from its configurations and the recipe; `autoencoder` for a network of latents.
 
     Raises ModelError when the network is of a kind that is not supported or the recipe contradicts it.
     """
-    config, where = source.network_config, f"{source.network / 'config.json'}"
-    height, width = _sample_size(config, where)
+    config, where = source.network.config, str(source.network.where)
+    height, width = sample_size(config, where)
     embedding = config.get("time_embedding_type", "positional")
     if embedding == "fourier" and chain.levels.kind != "ve":
         raise ModelError(
@@ -39,53 +37,33 @@ def describe(source: Source, chain: Chain, spec: ModelSpec) -> DenoiserSpec:
                 f"{where}: the learned time embedding has {rows} rows (num_train_timesteps), the scheduler "
                 f"{len(chain.levels)} noise levels; every level needs its row"
             )
+    inside = _state_channels(config, where, learned_variance=chain.learned_variance)
+    if autoencoder is None:
+        channels, scale = _pixel_channels(inside, where, spec.patch_size), spec.patch_size
+    else:
+        channels, scale = autoencoder.channels, autoencoder.factor
+        check_latents(inside, where, autoencoder)
     return DenoiserSpec(
-        channels=_pixel_channels(config, where, spec.patch_size),
-        height=height * spec.patch_size,
-        width=width * spec.patch_size,
+        channels=channels,
+        height=height * scale,
+        width=width * scale,
+        size_multiple=None if autoencoder is None else size_multiple(config, autoencoder),
+        latent=autoencoder is not None,
+        state_factor=1 if autoencoder is None else autoencoder.factor,
         value_range=chain.value_range,
         levels=chain.levels,
         prediction=chain.prediction,
+        learned_variance=chain.learned_variance,
         clip_range=chain.clip_range,
         fractional_tau=embedding != "learned",
+        conditioning="none" if spec.class_labels is None else "label",
         classes=_classes(config, where, spec),
         digest=source.digest,
     )
 
 
-def load_network(source: Source, *, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    """The network on the CPU, in `dtype` and evaluation mode. Raises ModelError naming what does not fit."""
-    try:
-        network, report = UNet2DModel.from_pretrained(
-            str(source.network),
-            variant=source.variant,
-            use_safetensors=True,
-            local_files_only=True,
-            low_cpu_mem_usage=False,
-            torch_dtype=dtype,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(
-            f"{source.network}: the weights don't load into the configured network: {reason}"
-        ) from error
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if names := [str(name) for name in report.get(problem, [])]:
-            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            raise ModelError(
-                f"{source.network}: weights and config.json don't belong together: "
-                f"{problem.replace('_', ' ')} {shown}"
-            )
-    module: torch.nn.Module = network.requires_grad_(False).eval()
-    # Loaded tensors lie wherever the file's header left them, and CPU kernels choose by alignment: the last
-    # bits of a result would depend on that. Fresh copies are aligned alike in every process.
-    for tensor in (*module.parameters(), *module.buffers()):
-        tensor.data = tensor.data.clone()
-    return module
-
-
-def _sample_size(config: dict[str, Any], where: str) -> tuple[int, int]:
+def sample_size(config: dict[str, Any], where: str) -> tuple[int, int]:
+    """(height, width) that the network was trained on, in its own elements."""
     size = config.get("sample_size")
     sides = [size, size] if isinstance(size, int) else size
     if not isinstance(sides, list) or len(sides) != 2 or not all(isinstance(side, int) for side in sides):
@@ -95,22 +73,57 @@ def _sample_size(config: dict[str, Any], where: str) -> tuple[int, int]:
     return sides[0], sides[1]
 
 
-def _pixel_channels(config: dict[str, Any], where: str, patch_size: int) -> int:
-    """Channels of a pixel, once space-to-depth is undone: 1 or 3."""
+def integer(config: dict[str, Any], field: str, where: str) -> int:
+    """A number from 1 up that a configuration must have."""
+    value = config.get(field)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ModelError(f"{where}: {field} is {value!r}; it must be a whole number, 1 or more")
+    return value
+
+
+def size_multiple(config: dict[str, Any], autoencoder: Autoencoder) -> int:
+    """What a latent UNet's images must be multiples of: every level but the last halves the latents."""
+    levels = config.get("block_out_channels") or [0] * 4
+    return autoencoder.factor * 2 ** (len(levels) - 1)
+
+
+def check_latents(channels: int, where: str, autoencoder: Autoencoder) -> None:
+    """Raise ModelError unless the network takes the autoencoder's latents."""
+    if channels != autoencoder.latent_channels:
+        raise ModelError(
+            f"{where}: in_channels {channels}, but {autoencoder.where} makes latents of "
+            f"{autoencoder.latent_channels} channels; the two don't belong together, or the network is for "
+            "inpainting, which is not supported"
+        )
+
+
+def _state_channels(config: dict[str, Any], where: str, *, learned_variance: bool) -> int:
+    """Channels of the network's input; its output has as many, or twice as many with learned variances."""
     inside, outside = config.get("in_channels"), config.get("out_channels")
     if not isinstance(inside, int) or not isinstance(outside, int):
         raise ModelError(
             f"{where}: in_channels or out_channels is missing; write what the network was built with"
         )
-    if outside == 2 * inside:
+    if outside == 2 * inside and not learned_variance:
         raise ModelError(
-            f"{where}: out_channels {outside} is twice in_channels, a network that also predicts variances; "
-            "learned variances are not supported"
+            f"{where}: out_channels {outside} is twice in_channels, a network that also predicts variances, "
+            "but the scheduler says nothing of it; if they interpolate between the two fixed ones, write "
+            "variance_type: learned_range into its scheduler_config.json"
         )
-    if outside != inside:
+    if learned_variance and outside != 2 * inside:
+        raise ModelError(
+            f"{where}: out_channels {outside} is not twice in_channels {inside}, as the scheduler's "
+            "variance_type learned_range needs"
+        )
+    if outside not in (inside, 2 * inside):
         raise ModelError(
             f"{where}: out_channels {outside} differs from in_channels {inside}; they must be equal"
         )
+    return inside
+
+
+def _pixel_channels(inside: int, where: str, patch_size: int) -> int:
+    """Channels of a pixel, once space-to-depth is undone: 1 or 3."""
     channels, rest = divmod(inside, patch_size**2)
     if rest or channels not in (1, 3):
         raise ModelError(

@@ -7,19 +7,23 @@ to (C p^2, H/p, W/p), the Patched Diffusion idea (arXiv 2207.04316). Classifier-
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from diffusers import UNet2DModel
 from torch import Tensor
 from torch.nn import functional
 
 from boomerang_batch.config.pipeline import ClassLabels, ModelSpec
-from boomerang_batch.diffusion.denoiser import Denoiser, DenoiserSpec
-from boomerang_batch.errors import ModelError
-from boomerang_batch.models.device import DTYPES, choose_device, settle_numerics
+from boomerang_batch.diffusion.denoiser import Condition, Denoiser, DenoiserSpec
+from boomerang_batch.models.device import Placement
+from boomerang_batch.models.guidance import guide
 from boomerang_batch.models.levels import read_chain
-from boomerang_batch.models.network import describe, load_network
-from boomerang_batch.models.source import find_source
+from boomerang_batch.models.network import describe
+from boomerang_batch.models.source import Source
+from boomerang_batch.models.weights import load_weights, place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,25 +32,47 @@ class PixelDenoiser:
 
     spec: DenoiserSpec
     network: torch.nn.Module
-    device: torch.device
-    dtype: torch.dtype
-    memory_format: torch.memory_format
+    placement: Placement
     patch_size: int
     class_labels: ClassLabels | None
+    twin: Callable[[], Denoiser]
+    """Loads the same model in float32."""
 
-    def denoise(self, x_t: Tensor, tau: Tensor, labels: Tensor | None) -> Tensor:
-        """The network's raw output, (B, C, H, W) float32, on x_t's device.
+    @property
+    def device(self) -> torch.device:
+        """Where the network runs."""
+        return self.placement.device
 
-        x_t (B, C, H, W) float32, tau (B,) float64, labels (B,) int64, or None for an unconditional model.
+    def encode(self, images: Tensor) -> Tensor:
+        """The images themselves."""
+        return images
+
+    def decode(self, x_0: Tensor) -> Tensor:
+        """The images themselves."""
+        return x_0
+
+    def denoise(self, x_t: Tensor, tau: Tensor, conditions: Sequence[Condition]) -> Tensor:
+        """The network's raw output, (B, C, H, W) or with learned variances (B, 2C, H, W), on x_t's device.
+
+        x_t (B, C, H, W) float32, tau (B,) float64, a label per row for a class-conditional model, else None.
         Labels must lie in 0..spec.classes-1; the caller checks, since it knows whose label it is.
         """
-        if (labels is None) != (self.class_labels is None):
-            raise ModelError("labels go with a class-conditional model, and only with one")
+        labels = None
+        if self.class_labels is not None:
+            labels = torch.tensor(conditions, dtype=torch.int64, device=self.device)
         folded = functional.pixel_unshuffle(x_t, self.patch_size)
         told = tau.float() if self.spec.fractional_tau else tau.round().long()
         with torch.no_grad():
-            output = self._guided(folded, told, labels)
+            output = self._guided(folded, told.to(self.device), labels)
         return functional.pixel_shuffle(output, self.patch_size).to(x_t.device)
+
+    def flagged(self, images: Tensor) -> list[bool]:
+        """No image: a pixel model brings no safety checker."""
+        return [False] * len(images)
+
+    def in_float32(self) -> Denoiser:
+        """This model in full precision, loaded when first asked for; itself if it is."""
+        return self.twin() if self.placement.is_half else self
 
     def _guided(self, folded: Tensor, tau: Tensor, labels: Tensor | None) -> Tensor:
         if labels is None or self.class_labels is None or self.class_labels.null_label is None:
@@ -58,37 +84,25 @@ class PixelDenoiser:
         null = torch.full_like(labels, self.class_labels.null_label)
         both = self._evaluate(torch.cat([folded, folded]), torch.cat([tau, tau]), torch.cat([labels, null]))
         conditional, unconditional = both.chunk(2)
-        return unconditional + weight * (conditional - unconditional)
+        return guide(conditional, unconditional, weight=weight, channels=folded.shape[1])
 
     def _evaluate(self, folded: Tensor, tau: Tensor, labels: Tensor | None) -> Tensor:
         """One forward pass; only here are the network's device, dtype and memory layout in force."""
-        sample = folded.to(device=self.device, dtype=self.dtype, memory_format=self.memory_format)
-        labels = None if labels is None else labels.to(self.device)
-        output: Tensor = self.network(sample, tau.to(self.device), class_labels=labels).sample
+        at = self.placement
+        sample = folded.to(device=at.device, dtype=at.dtype, memory_format=at.memory_format)
+        output: Tensor = self.network(sample, tau, class_labels=labels).sample
         return output.to(dtype=torch.float32, memory_format=torch.contiguous_format)
 
 
-def load_denoiser(spec: ModelSpec, *, device: str, threads: int | None) -> Denoiser:
-    """Load the model a recipe names onto `device` (cpu, cuda or auto).
-
-    Sets this process's PyTorch numerics to repeatable ones, with `threads` intra-op threads (None: unchanged).
-    Raises ModelError for a model that can't be found or read, is not supported, or is not what `spec` says.
-    """
-    chosen = choose_device(device, dtype=spec.dtype)
-    source = find_source(spec)
+def load(source: Source, spec: ModelSpec, placement: Placement) -> PixelDenoiser:
+    """The pixel model in `source`. Raises ModelError when it is not supported or is not what `spec` says."""
     chain = read_chain(source.scheduler_config, source=str(source.scheduler))
     described = describe(source, chain, spec)
-    settle_numerics(chosen, threads=threads)
-    dtype = DTYPES[spec.dtype]
-    memory_format = torch.channels_last if spec.channels_last else torch.contiguous_format
-    network = load_network(source, dtype=dtype).to(device=chosen)
-    network = network.to(memory_format=memory_format)  # type: ignore[call-overload]
     return PixelDenoiser(
         spec=described,
-        network=network,
-        device=chosen,
-        dtype=dtype,
-        memory_format=memory_format,
+        network=place(load_weights(source.network, UNet2DModel, dtype=placement.dtype), placement),
+        placement=placement,
         patch_size=spec.patch_size,
         class_labels=spec.class_labels,
+        twin=functools.cache(lambda: load(source, spec, placement.in_float32())),
     )

@@ -8,9 +8,9 @@ safetensors only: reading a pickle runs whatever code it holds.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,54 +20,125 @@ from huggingface_hub.errors import HTTPError as HubError  # type: ignore[attr-de
 
 from boomerang_batch.config.pipeline import ModelSpec
 from boomerang_batch.errors import ModelError
+from boomerang_batch.models.parts import Part, read_json, read_part
 from boomerang_batch.shipped import SCHEME, resolve
 
-PIPELINES = ("DDIMPipeline", "DDPMPipeline", "ScoreSdeVePipeline")
-NETWORK = "UNet2DModel"
-
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_WEIGHTS = "diffusion_pytorch_model"
-_PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
+_HUB_FILES = ["*.json", "*.txt", "*/*.safetensors", "diffusion_pytorch_model*.safetensors"]
+_DATA_FILES = (
+    "added_tokens.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+"""What a tokenizer or an image processor is made of: data, no code."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Which folders of a diffusers pipeline make a denoiser. A text encoder that is null there is left out."""
+
+    network: str
+    network_class: str
+    former_class: str | None = None
+    """What diffusers called the network's class once, in files written then."""
+    autoencoder: str | None = None
+    text: tuple[tuple[str, str], ...] = ()
+    """(text encoder, its tokenizer), in the order in which the family combines them."""
+    safety: str | None = None
+    """The safety checker; its image processor lies in feature_extractor."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A model found on disk, its configurations read, its weights not."""
+    """A model found on disk."""
 
-    network: Path
-    """Folder of config.json and the weights."""
-    network_config: dict[str, Any]
+    pipeline: str | None
+    """The diffusers pipeline that model_index.json names; None for a bare network."""
+    index: Mapping[str, Any]
+    """model_index.json, empty for a bare network."""
+    layout: Layout
+    network: Part
     scheduler: Path
     """The scheduler_config.json."""
     scheduler_config: dict[str, Any]
-    variant: str | None
-    """diffusers' word in the weight files' names, such as fp16."""
+    parts: Mapping[str, Part]
+    """The other networks that are used, by folder name: autoencoder, text encoders, safety checker."""
+    data: Mapping[str, Path]
+    """Folders of tokenizers and image processors that are used, by folder name."""
     digest: str
+    """SHA-256 (hex) over every file that is used."""
 
 
-def find_source(spec: ModelSpec) -> Source:
+def find_source(spec: ModelSpec, layouts: Mapping[str | None, Layout]) -> Source:
     """Find the model a recipe names, downloading a pinned hub id if it is not in the hub's cache.
 
-    Raises ModelError saying what is missing or not supported, and the fix.
+    `layouts` are the diffusers pipelines that are supported; None stands for a bare network. Raises ModelError
+    saying what is missing or not supported, and the fix.
     """
     root = _root(spec)
-    network = _network_folder(root, spec)
-    config = _read_json(network / "config.json")
-    if config.get("_class_name") != NETWORK:
+    index = read_json(root / "model_index.json") if (root / "model_index.json").is_file() else {}
+    pipeline = index.get("_class_name")
+    if spec.subfolder is None and index and (pipeline is None or pipeline not in layouts):
+        supported = ", ".join(sorted(filter(None, layouts)))
         raise ModelError(
-            f"{network / 'config.json'}: _class_name {config.get('_class_name')!r} is not supported; "
-            f"pixel models are {NETWORK}"
+            f"{root / 'model_index.json'}: diffusers pipeline {pipeline!r} is not supported; supported are "
+            f"{supported} and a bare {layouts[None].network_class} folder"
         )
-    scheduler = _scheduler_file(root, network)
-    weights, variant = _weights(network)
-    return Source(
+    pipeline = pipeline if pipeline in layouts else None
+    layout = layouts[pipeline]
+    network = read_part(_network_folder(root, spec, layout))
+    found = network.config.get("_class_name")
+    if found not in (layout.network_class, layout.former_class):
+        raise ModelError(
+            f"{network.where}: _class_name {found!r} is not supported; supported is {layout.network_class}"
+        )
+    scheduler = _scheduler_file(root, network.folder)
+    parts = {name: read_part(root / name) for name in _other_networks(root, index, layout, spec)}
+    data = {tokenizer: root / tokenizer for encoder, tokenizer in layout.text if encoder in parts}
+    if layout.safety in parts:
+        data["feature_extractor"] = root / "feature_extractor"
+    for folder in data.values():
+        if not any((folder / name).is_file() for name in _DATA_FILES):
+            raise ModelError(f"{folder}: there is nothing of a tokenizer or image processor; copy it there")
+    source = Source(
+        pipeline=pipeline,
+        index=index if pipeline else {},
+        layout=layout,
         network=network,
-        network_config=config,
         scheduler=scheduler,
-        scheduler_config=_read_json(scheduler),
-        variant=variant,
-        digest=_digest({"network": network / "config.json", "scheduler": scheduler}, weights),
+        scheduler_config=read_json(scheduler),
+        parts=parts,
+        data=data,
+        digest="",
     )
+    return replace(source, digest=_digest(source, root))
+
+
+def _other_networks(root: Path, index: Mapping[str, Any], layout: Layout, spec: ModelSpec) -> Iterator[str]:
+    """Folder names of the networks beside the main one."""
+    if layout.autoencoder is not None:
+        yield layout.autoencoder
+    for encoder, _ in layout.text:
+        if _is_listed(index, encoder):
+            yield encoder
+    if spec.safety == "off":
+        return
+    if layout.safety is None or not _is_listed(index, layout.safety):
+        raise ModelError(
+            f"model.safety {spec.safety}: {root} brings no safety checker; set model.safety: off, or name a "
+            "model whose model_index.json lists safety_checker"
+        )
+    yield layout.safety
+
+
+def _is_listed(index: Mapping[str, Any], component: str) -> bool:
+    """Whether model_index.json says that the pipeline has this component: [library, class] or [null, null]."""
+    entry = index.get(component)
+    return isinstance(entry, list) and bool(entry) and None not in entry
 
 
 def _root(spec: ModelSpec) -> Path:
@@ -99,7 +170,7 @@ def _download(hub_id: str, revision: str | None) -> Path:
             "commit, so that the same recipe always means the same weights"
         )
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES))
     except GatedRepoError as error:
         raise ModelError(
             f"model.source {hub_id}: the hub wants you to accept its terms and log in (hf auth login)"
@@ -117,28 +188,20 @@ def _download(hub_id: str, revision: str | None) -> Path:
         ) from error
 
 
-def _network_folder(root: Path, spec: ModelSpec) -> Path:
+def _network_folder(root: Path, spec: ModelSpec, layout: Layout) -> Path:
     if spec.subfolder is not None:
         folder = root / spec.subfolder
         if not folder.is_dir() or not folder.resolve().is_relative_to(root.resolve()):
             raise ModelError(f"model.subfolder {spec.subfolder}: there is no such folder in {root}")
         return folder
-    index = root / "model_index.json"
-    if not index.is_file():
-        if (root / "config.json").is_file():
-            return root
+    # Early diffusers wrote every component of a pipeline into one folder.
+    folder = root / layout.network if (root / layout.network).is_dir() else root
+    if folder == root and not any((root / name).is_file() for name in ("model_index.json", "config.json")):
         raise ModelError(
             f"{root}: neither model_index.json nor config.json is there; give a folder that save_pretrained "
             "wrote, or model.subfolder where the network lies deeper"
         )
-    pipeline = _read_json(index).get("_class_name")
-    if pipeline not in PIPELINES:
-        raise ModelError(
-            f"{index}: diffusers pipeline {pipeline!r} is not supported; supported are {', '.join(PIPELINES)} "
-            f"and a bare {NETWORK} folder"
-        )
-    # Early diffusers wrote every component of a pipeline into one folder.
-    return root / "unet" if (root / "unet").is_dir() else root
+    return folder
 
 
 def _scheduler_file(root: Path, network: Path) -> Path:
@@ -153,58 +216,17 @@ def _scheduler_file(root: Path, network: Path) -> Path:
     )
 
 
-def _weights(network: Path) -> tuple[list[Path], str | None]:
-    """The weight files, in a fixed order, and diffusers' variant of them."""
-    whole = network / f"{_WEIGHTS}.safetensors"
-    index = network / f"{_WEIGHTS}.safetensors.index.json"
-    if whole.is_file() and index.is_file():
-        # diffusers would read the parts, whatever we take the digest of.
-        raise ModelError(f"{network}: both {whole.name} and {index.name} are there; keep one of them")
-    if whole.is_file():
-        return [whole], None
-    if index.is_file():
-        parts = sorted(set(_read_json(index).get("weight_map", {}).values()))
-        missing = [part for part in parts if Path(part).name != part or not (network / part).is_file()]
-        if missing or not parts:
-            raise ModelError(
-                f"{index}: names weight files that are not there: {', '.join(missing) or 'none named'}"
-            )
-        return [index, *(network / part for part in parts)], None
-    variants = sorted(network.glob(f"{_WEIGHTS}.*.safetensors"))
-    if len(variants) == 1:
-        return variants, variants[0].name.split(".")[1]
-    if variants:
-        found = ", ".join(path.name for path in variants)
-        raise ModelError(
-            f"{network}: several variants of the weights ({found}); keep {whole.name} or just one of them"
-        )
-    pickles = sorted(path.name for path in network.iterdir() if path.suffix in _PICKLES)
-    if pickles:
-        raise ModelError(
-            f"{network / pickles[0]}: pickle weights are refused, since reading a pickle runs the code in it; "
-            f"if you trust it, convert it once: diffusers' {NETWORK}.from_pretrained(FOLDER, "
-            "use_safetensors=False).save_pretrained(FOLDER)"
-        )
-    raise ModelError(
-        f"{network}: no {whole.name} is there; a hub model that has pickle weights only must be converted first"
-    )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelError(f"{path}: there is no such file; a diffusers folder has it") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ModelError(f"{path}: not readable as JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise ModelError(f"{path}: a configuration is a JSON object, this is {type(data).__name__}")
-    return data
-
-
-def _digest(configs: dict[str, Path], weights: list[Path]) -> str:
-    """SHA-256 over one line `name hex` per file, configurations first; independent of where the folder lies."""
-    named = [*configs.items(), *((path.name, path) for path in weights)]
+def _digest(source: Source, root: Path) -> str:
+    """SHA-256 over one line `name hex` per file, the network first; independent of where the folder lies."""
+    named = [("network", source.network.where), ("scheduler", source.scheduler)]
+    named += [(path.name, path) for path in source.network.weights]
+    if source.layout.text:  # the index holds settings of its own, for example what an empty prompt means
+        named.append(("model_index", root / "model_index.json"))
+    for name, part in source.parts.items():
+        named += [(f"{name}/{path.name}", path) for path in (part.where, *part.weights)]
+    for name, folder in source.data.items():
+        present = [folder / file for file in _DATA_FILES if (folder / file).is_file()]
+        named += [(f"{name}/{path.name}", path) for path in present]
     lines = []
     for name, path in named:
         with path.open("rb") as stream:

@@ -23,10 +23,10 @@ from typing import Any
 import ray
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError, WorkerCrashedError
 
-from boomerang_batch.errors import BoomerangError, RunMismatchError, ShardError, StoppedError
+from boomerang_batch.errors import BoomerangError, RunMismatchError, StoppedError
 from boomerang_batch.run.commit import read_marker
-from boomerang_batch.run.tasks import RunSpec, ShardReport, Task, WorkerFacts
-from boomerang_batch.run.worker import DEPTH, Worker
+from boomerang_batch.run.tasks import DEPTH, RunSpec, ShardReport, Task, WorkerFacts
+from boomerang_batch.run.worker import Worker
 
 _POLL_S = 0.5
 _LOAD_DEATHS_ALLOWED = 3
@@ -202,10 +202,6 @@ class RayPool:
             except _DEATHS as error:
                 yield from self._bury(member, f"its worker died: {_first_line(error)}", hire=not stopping)
                 continue
-            except StoppedError as error:
-                report = ShardReport(name=task.name, status="stopped", reason=str(error))
-            except ShardError as error:
-                report = ShardReport(name=task.name, status="quarantined", reason=str(error))
             except RayTaskError as error:
                 _log.error("task %s failed unexpectedly", task.name, exc_info=error)
                 # A worker may be broken for good by now, as CUDA errors break a process, and would fail every

@@ -1,14 +1,17 @@
-"""The pool without Ray: one runner in this process, one task after another."""
+"""The pool without Ray: one runner in this process, as many tasks at a time as a worker has."""
 
 from __future__ import annotations
 
 import functools
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
-from boomerang_batch.errors import ShardError, StoppedError
 from boomerang_batch.run.runner import Runner
-from boomerang_batch.run.tasks import RunSpec, ShardReport, Task, WorkerFacts
+from boomerang_batch.run.tasks import DEPTH, RunSpec, ShardReport, Task, WorkerFacts
+
+_POLL_S = 0.5
 
 
 class InlinePool:
@@ -26,18 +29,36 @@ class InlinePool:
     def run(
         self, tasks: Sequence[Task], *, stop: threading.Event, progress: Callable[[str, int], None]
     ) -> Iterator[ShardReport]:
-        """Do `tasks` in order until `stop` is set."""
-        if self._runner is None:
+        """Do `tasks`, begun in order, until `stop` is set."""
+        runner = self._runner
+        if runner is None:
             raise RuntimeError("run was called before start")
-        for task in tasks:
-            if stop.is_set():
-                return
+        waiting, over = deque(tasks), threading.Event()
+        running: set[Future[ShardReport]] = set()
+        counts: dict[str, int] = {}
+        with ThreadPoolExecutor(DEPTH) as threads:
             try:
-                yield self._runner.run(task, stop=stop, progress=functools.partial(progress, task.name))
-            except StoppedError as error:
-                yield ShardReport(name=task.name, status="stopped", reason=str(error))
-            except ShardError as error:
-                yield ShardReport(name=task.name, status="quarantined", reason=str(error))
+                while running or (waiting and not stop.is_set()):
+                    while waiting and len(running) < DEPTH and not stop.is_set():
+                        task = waiting.popleft()
+                        call = functools.partial(
+                            runner.run,
+                            stopped=lambda: stop.is_set() or over.is_set(),
+                            progress=functools.partial(counts.__setitem__, task.name),
+                        )
+                        running.add(threads.submit(call, task))
+                    finished, running = wait(running, timeout=_POLL_S, return_when=FIRST_COMPLETED)
+                    for name, count in counts.copy().items():
+                        progress(name, count)
+                    for future in finished:
+                        report = future.result()
+                        counts.pop(report.name, None)
+                        yield report
+            finally:
+                # An error of one task, or a caller who has enough, ends the other.
+                over.set()
 
     def close(self) -> None:
-        """Nothing outlives the process."""
+        """Let the model's thread end."""
+        if self._runner is not None:
+            self._runner.close()

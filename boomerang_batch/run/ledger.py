@@ -7,6 +7,7 @@ a shard's size never bounds a worker's memory. In the end the ledger gives rows 
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ class _Entry:
 
 
 class Ledger:
-    """The record of one shard, over a spool file that lives as long as the `with` block."""
+    """The record of one shard, over a spool file open as long as the `with` block. Threads may share it."""
 
     def __init__(self, spool: Path, *, by_pseudonym: bool) -> None:
         self._spool = spool.open("w+b")
@@ -42,6 +43,7 @@ class Ledger:
         self._entries: dict[str | None, dict[tuple[int, int], _Entry]] = defaultdict(dict)
         """By key, then by offset and variant."""
         self._withdrawn: set[str] = set()
+        self._writing = threading.Lock()
 
     def __enter__(self) -> Ledger:
         return self
@@ -53,27 +55,30 @@ class Ledger:
 
     def add(self, source: Source, row: Row, member_key: str, fields: Mapping[str, bytes]) -> None:
         """Take a finished output, unless its sample has been withdrawn meanwhile."""
-        if source.key in self._withdrawn:
-            return
-        places = {}
-        self._spool.seek(0, 2)
-        for name, data in fields.items():
-            places[name] = (self._spool.tell(), len(data))
-            self._spool.write(data)
-        entry = _Entry(source=source, row=row, member_key=member_key, places=places)
-        self._entries[source.key][source.offset, row.variant] = entry
+        with self._writing:
+            if source.key in self._withdrawn:
+                return
+            places = {}
+            self._spool.seek(0, 2)
+            for name, data in fields.items():
+                places[name] = (self._spool.tell(), len(data))
+                self._spool.write(data)
+            entry = _Entry(source=source, row=row, member_key=member_key, places=places)
+            self._entries[source.key][source.offset, row.variant] = entry
 
     def refuse(self, source: Source, row: Row) -> None:
-        """Record a variant that failed."""
-        if source.key not in self._withdrawn:
-            self._entries[source.key][source.offset, row.variant] = _Entry(source=source, row=row)
+        """Record an output that failed."""
+        with self._writing:
+            if source.key not in self._withdrawn:
+                self._entries[source.key][source.offset, row.variant] = _Entry(source=source, row=row)
 
     def withdraw(self, source: Source, row: Row) -> None:
         """Record bytes that could not be read. If they name a key, whatever that key had given is void."""
-        if source.key is not None:
-            self._entries.pop(source.key, None)
-            self._withdrawn.add(source.key)
-        self._entries[source.key][source.offset, row.variant] = _Entry(source=source, row=row)
+        with self._writing:
+            if source.key is not None:
+                self._entries.pop(source.key, None)
+                self._withdrawn.add(source.key)
+            self._entries[source.key][source.offset, row.variant] = _Entry(source=source, row=row)
 
     def rows(self) -> list[tuple[Source, Row]]:
         """Every row in the output's order, with where it came from."""

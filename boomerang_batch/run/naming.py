@@ -23,7 +23,7 @@ ORIGINAL = -1
 
 def member_key(recipe: Recipe, row_key: str, variant: int) -> str:
     """The `__key__` under which the row (row_key, variant) stands in the output tar."""
-    plain = recipe.purpose == "anonymize" or (recipe.variants == 1 and not recipe.keep_originals)
+    plain = recipe.purpose == "anonymize" or (recipe.outputs == 1 and not recipe.keep_originals)
     return row_key if plain or variant == ORIGINAL else f"{row_key}-v{variant}"
 
 
@@ -38,13 +38,22 @@ def refuse_reserved_key(recipe: Recipe, key: str) -> None:
         raise SampleError("reserved-key", detail)
 
 
+def _of_this_run(recipe: Recipe, secret: bytes) -> bytes:
+    """Noise key material of one recipe under one secret.
+
+    Two runs of other recipes under one secret must not share their noise: from the outputs of two t's it would
+    cancel, and give the image away.
+    """
+    return hashlib.blake2b(recipe.digest.encode(), key=secret, digest_size=32, person=b"bmg-noise").digest()
+
+
 class Naming:
     """Every name and noise key of one run. `secret` is None for purposes that publish their seed."""
 
     def __init__(self, recipe: Recipe, secret: bytes | None) -> None:
         self._recipe = recipe
         self._secret = secret
-        self._material = seed_material(recipe.seed or 0) if secret is None else secret
+        self._material = seed_material(recipe.seed or 0) if secret is None else _of_this_run(recipe, secret)
 
     @property
     def noise_key_id(self) -> str:

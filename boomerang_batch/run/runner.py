@@ -1,15 +1,15 @@
 """One task, start to end, without Ray: read a shard, draw its twin, commit it.
 
-The model is loaded once per runner and serves all its tasks. Two threads may run two tasks at the same time:
-one reads or encodes while the other's batch is on the device. A stop is honoured between batches.
+The model is loaded once per runner and serves all its tasks. Several threads may run a task each: while one
+reads or encodes, the others' draws keep the device busy. A stop is honoured between samples.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,16 +21,18 @@ from boomerang_batch import storage
 from boomerang_batch.data.provenance import Marker, write_rows
 from boomerang_batch.data.shards import Sample, Unreadable, read_samples, write_shard
 from boomerang_batch.diffusion.engine import Draw
+from boomerang_batch.diffusion.guards import OVERFLOWS, Seen
 from boomerang_batch.errors import SampleError, ShardError, StoppedError, StorageError
 from boomerang_batch.run.commit import commit, digest_file, read_marker
+from boomerang_batch.run.drawing import Drawing
 from boomerang_batch.run.ledger import Ledger
 from boomerang_batch.run.links import write_links
-from boomerang_batch.run.loading import load_engine
+from boomerang_batch.run.loading import load
 from boomerang_batch.run.naming import Naming
 from boomerang_batch.run.private import load_secret
 from boomerang_batch.run.stack import fingerprint, short_versions
 from boomerang_batch.run.tasks import RunSpec, ShardReport, Task, WorkerFacts
-from boomerang_batch.run.transform import Transform
+from boomerang_batch.run.transform import Made, Output, Transform
 
 _log = logging.getLogger(__name__)
 
@@ -44,32 +46,37 @@ class Runner:
         self._private_dir = spec.private_dir if recipe.purpose == "anonymize" else None
         secret = load_secret(spec.private_dir) if recipe.purpose == "anonymize" else None
         naming = Naming(recipe, secret)
-        self._engine = load_engine(recipe, device=spec.device, threads=spec.threads)
-        model = self._engine.denoiser.spec
+        engine, walks = load(recipe, device=spec.device, threads=spec.threads, batch_size=spec.batch_size)
+        model = engine.denoiser.spec
         stack = fingerprint(
-            device=self._engine.device,
+            device=engine.device,
             dtype=recipe.model.dtype,
-            batch_size=recipe.batch_size,
+            batch_size=engine.batch_size,
             threads=spec.threads,
         )
-        self._transform = Transform(recipe, model, self._engine.schedule, naming, short_versions(stack))
+        self._transform = Transform(recipe, model, walks, naming, short_versions(stack))
+        self._drawing = Drawing(engine, recipe, self._transform)
         self.facts = WorkerFacts(model_digest=model.digest, stack=stack)
 
-    def run(self, task: Task, *, stop: threading.Event, progress: Callable[[int], None]) -> ShardReport:
+    def run(self, task: Task, *, stopped: Callable[[], bool], progress: Callable[[int], None]) -> ShardReport:
         """Do one task, unless its marker says that it is done.
 
-        `progress` is called with the number of variants finished so far. Raises StoppedError when `stop` was
-        set, ShardError or StorageError when the shard can't be read or written; nothing is committed then.
+        `progress` is called with the number of outputs finished so far. Of a shard that can't be read, or
+        of a stop, the report tells; nothing is committed then. Raises StorageError when OUT or the scratch
+        disk fails, and what the engine raises.
         """
         started = time.monotonic()
         there = read_marker(self._spec.out, task.name)
         if there is not None:
             return ShardReport(name=task.name, status="there", counts=there.counts)
-        # OpenMP keeps the thread count per calling thread, and Ray starts actors with one.
-        torch.set_num_threads(self._spec.threads)
+        torch.set_num_threads(1)  # in this thread, which must not contend with the engine's
         try:
             with tempfile.TemporaryDirectory(prefix="boomerang-") as folder:
-                counts = self._run(task, Path(folder), stop, progress)
+                counts = self._run(task, Path(folder), stopped, progress)
+        except StoppedError as error:
+            return ShardReport(name=task.name, status="stopped", reason=str(error))
+        except ShardError as error:
+            return ShardReport(name=task.name, status="quarantined", reason=str(error))
         except OSError as error:
             # Neither the shard (a ShardError) nor OUT (a StorageError): what is left is the scratch disk.
             raise StorageError(
@@ -80,33 +87,37 @@ class Runner:
             name=task.name, status="done", counts=counts, seconds=round(time.monotonic() - started, 3)
         )
 
+    def close(self) -> None:
+        """Let the device go."""
+        self._drawing.close()
+
     def _run(
-        self, task: Task, scratch: Path, stop: threading.Event, progress: Callable[[int], None]
+        self, task: Task, scratch: Path, stopped: Callable[[], bool], progress: Callable[[int], None]
     ) -> dict[str, int]:
         """Draw everything into a ledger, then commit it."""
         by_pseudonym = self._spec.recipe.purpose == "anonymize"
         finished = 0
         with Ledger(scratch / "spool", by_pseudonym=by_pseudonym) as ledger:
-            for draw, x_0 in self._engine.run(self._draws(ledger, task, stop)):
-                prepared, variant = draw.tag
-                try:
-                    with _sample_boundary():
-                        output = self._transform.finish(prepared, variant, x_0)
-                except SampleError as error:
-                    ledger.refuse(*self._transform.failed_variant(prepared, variant, error))
-                else:
-                    ledger.add(prepared.source, output.row, output.member_key, output.fields)
+            finish = functools.partial(self._finish, ledger, Seen())
+            for made in self._drawing.run(self._draws(ledger, task, stopped, finish)):
+                finish(made)
                 finished += 1
                 progress(finished)
             return self._commit(ledger, task, scratch)
 
-    def _draws(self, ledger: Ledger, task: Task, stop: threading.Event) -> Iterator[Draw]:
-        """Read and prepare samples as the engine asks for them; what can't be prepared goes to the ledger."""
+    def _draws(
+        self, ledger: Ledger, task: Task, stopped: Callable[[], bool], finish: Callable[[Made], None]
+    ) -> Iterator[Draw]:
+        """Read and prepare samples as the engine asks for them; what can't be prepared goes to the ledger.
+
+        A sample with nothing to draw, for its region is empty, is finished here.
+        """
         shard = task.source_stem
+        told = f"stopped within shard {task.name}; run the same command to resume"
         # The reader's messages reach logs, which others may read: under anonymize they name the output.
         for item in _read(task.url, name=task.url if self._private_dir is None else task.name):
-            if stop.is_set():
-                raise StoppedError(f"stopped within shard {task.name}; run the same command to resume")
+            if stopped():
+                raise StoppedError(told)
             if isinstance(item, Unreadable):
                 ledger.withdraw(*self._transform.unreadable(item, shard=shard))
                 continue
@@ -120,10 +131,32 @@ class Runner:
                 continue
             if original is not None:
                 ledger.add(prepared.source, original.row, original.member_key, original.fields)
+            for untouched in self._transform.untouched(prepared):
+                finish(untouched)
             for draw in self._transform.draws(prepared):
-                if stop.is_set():  # variants of one sample may fill many batches
-                    raise StoppedError(f"stopped within shard {task.name}; run the same command to resume")
+                if stopped():  # variants of one sample may fill many batches
+                    raise StoppedError(told)
                 yield draw
+
+    def _finish(self, ledger: Ledger, seen: Seen, made: Made) -> None:
+        """One output into the ledger, or the row that says why there is none."""
+        try:
+            with _sample_boundary():
+                output = self._checked(made, seen)
+        except SampleError as error:
+            ledger.refuse(*self._transform.failed_output(made, error))
+        else:
+            ledger.add(made.prepared.source, output.row, output.member_key, output.fields)
+
+    def _checked(self, made: Made, seen: Seen) -> Output:
+        """The output; drawn once more in float32 if half precision made none. Raises SampleError."""
+        try:
+            return self._transform.finish(made, seen=seen)
+        except SampleError as error:
+            again = self._drawing.again(made) if error.reason in OVERFLOWS else None
+            if again is None:
+                raise
+            return self._transform.finish(again, seen=seen)
 
     def _commit(self, ledger: Ledger, task: Task, scratch: Path) -> dict[str, int]:
         rows = ledger.rows()

@@ -85,7 +85,7 @@ def _inputs(
                 return
             if not isinstance(item, Sample):
                 continue
-            for variant in range(recipe.variants):
+            for variant in range(recipe.outputs):
                 row_key = naming.row_key(shard=task.source_stem, key=item.key, variant=variant)
                 key = member_key(recipe, row_key, variant)
                 picture = _picture(recipe, item) if key in missing else None

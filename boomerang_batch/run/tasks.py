@@ -6,6 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from boomerang_batch.config.pipeline import Recipe
+from boomerang_batch.data.provenance import BAD
+
+DEPTH = 2
+"""Tasks in flight per worker: while one is read, encoded or published, the other's draws fill the device."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +21,8 @@ class RunSpec:
     private_dir: str | None
     device: str
     threads: int
+    batch_size: int | None = None
+    """What `batch_size: auto` came to in this run, once it is known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,5 +73,5 @@ class RunReport:
         """0 all done, 1 something is left undone, 3 something was quarantined, 75 stopped and resumable."""
         if self.shards.get("left"):
             return 75 if self.stopped else 1
-        bad_rows = sum(count for status, count in self.rows.items() if status not in ("ok", "original"))
+        bad_rows = sum(count for status, count in self.rows.items() if status in BAD)
         return 3 if bad_rows or self.shards.get("quarantined") else 0

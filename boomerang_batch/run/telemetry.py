@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from boomerang_batch.data.provenance import BAD
 from boomerang_batch.run.tasks import ShardReport
 
 _LINE_EVERY_S = 5.0
@@ -63,7 +64,7 @@ class Telemetry:
             self._finished_images += sum(report.counts.values())
         if report.status in ("done", "there"):
             self._done += 1
-        bad = sum(count for status, count in report.counts.items() if status not in ("ok", "original"))
+        bad = sum(count for status, count in report.counts.items() if status in BAD)
         self._failed += bad
         self.event(
             "shard", name=report.name, status=report.status, counts=dict(report.counts), seconds=report.seconds

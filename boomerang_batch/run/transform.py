@@ -1,54 +1,82 @@
-"""One sample on its way: from bytes to a draw, and from what was drawn to bytes and a provenance row.
+"""One sample on its way: from bytes to draws, and from what was drawn to bytes and a provenance row.
 
 No I/O and no model here; a sample that can't be processed raises SampleError and costs nobody else anything.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from boomerang_batch.config.pipeline import Recipe, Sampler
-from boomerang_batch.data import fields, geometry, images
+from boomerang_batch.config.pipeline import Recipe
+from boomerang_batch.data import fields, images
 from boomerang_batch.data.formats import output_field
-from boomerang_batch.data.provenance import Row, Status, pixel_digest
+from boomerang_batch.data.provenance import Row
 from boomerang_batch.data.shards import Sample, Unreadable, check_name
-from boomerang_batch.diffusion.denoiser import DenoiserSpec
+from boomerang_batch.diffusion.denoiser import Condition, DenoiserSpec
 from boomerang_batch.diffusion.engine import Draw
-from boomerang_batch.diffusion.guards import check_output
-from boomerang_batch.diffusion.schedule import Schedule
+from boomerang_batch.diffusion.guards import Seen, check_changed, check_output
 from boomerang_batch.errors import SampleError
+from boomerang_batch.run.canvas import Canvas, Layout
 from boomerang_batch.run.ledger import Source
 from boomerang_batch.run.naming import ORIGINAL, Naming, member_key, refuse_reserved_key
+from boomerang_batch.run.rows import Rows
+from boomerang_batch.run.walks import Resolved, Walks
+
+FLAGGED = "flagged"
+FLAG_FIELD = "flagged.cls"
+"""Field that tells, as 0 or 1, what the safety checker said of an output that is kept whatever it said."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A sample decoded and placed, with all that finishing its variants needs."""
+    """A sample decoded and laid out, with all that finishing its variants needs."""
 
     source: Source
     shard: str
-    identity: bytes
     image_field: str
     image: bytes
     picture: images.Picture
-    placement: geometry.Placement
-    x_0: Tensor
-    label: int | None
-    label_shows: bool
-    """Whether the row may tell it: under anonymize only where its field travels as it is."""
+    canvas: Canvas
+    walks: tuple[Resolved, ...]
+    """One per variant."""
+    noise_keys: tuple[bytes, ...]
+    condition: Condition
+    shows: frozenset[str]
+    """Fields whose values rows may tell: all, but under anonymize only those that travel as they are."""
     travelling: Mapping[str, bytes]
 
 
 @dataclass(frozen=True, kw_only=True)
+class PieceTag:
+    """What a draw is for: the piece of which variant of which sample."""
+
+    prepared: Prepared
+    variant: int
+    index: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """All that was drawn for one output."""
+
+    prepared: Prepared
+    variant: int
+    pass_number: int
+    pieces: Sequence[Tensor]
+    """(C, h, w) float32 for each of the canvas's pieces, in order."""
+    batch_size: int
+    dtype: str
+    flagged: bool | None = None
+    """What the model's safety checker says, where it was asked."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Output:
-    """One finished variant: its row, its name in the tar, its fields."""
+    """One finished output: its row, its name in the tar, its fields."""
 
     row: Row
     member_key: str
@@ -59,37 +87,17 @@ class Transform:
     """What one run does to any sample: the recipe, the model's needs and the run's names, applied."""
 
     def __init__(
-        self, recipe: Recipe, model: DenoiserSpec, schedule: Schedule, naming: Naming, versions: str
+        self, recipe: Recipe, model: DenoiserSpec, walks: Walks, naming: Naming, versions: str
     ) -> None:
         self._recipe = recipe
         self._model = model
+        self._layout = Layout(recipe, model)
+        self._walks = walks
         self._naming = naming
-        self._private = recipe.purpose == "anonymize"
-        unit, value = recipe.t.unit
-        # Rows are made from templates that hold what is the same for all.
-        self._row = Row(
-            variant=ORIGINAL,
-            status="original",
-            model_digest=model.digest,
-            recipe_digest=recipe.digest,
-            versions=versions,
-        )
-        self._drawn_row = dataclasses.replace(
-            self._row,
-            variant=0,
-            status="ok",
-            t=f"{unit}={value:g}",
-            node=schedule.n,
-            tau=float(schedule.tau[-1]),
-            sigma=schedule.relative_sigma,
-            evaluations=schedule.n,
-            sampler=_sampler_name(recipe.sampler),
-            eta=recipe.sampler.eta,
-            noise_key_id=naming.noise_key_id,
-        )
+        self._rows = Rows(recipe, naming, model_digest=model.digest, versions=versions)
 
     def prepare(self, sample: Sample, *, shard: str) -> Prepared:
-        """Decode, place and name one sample. Raises SampleError."""
+        """Decode, lay out and name one sample. Raises SampleError."""
         recipe, policy = self._recipe, self._recipe.images
         refuse_reserved_key(recipe, sample.key)
         image_field = fields.image_field(sample, policy)
@@ -102,75 +110,129 @@ class Transform:
             pseudonymize=self._naming.pseudonym,
         )
         picture = images.decode(image, field=image_field, channels=self._model.channels, policy=policy)
-        size = (self._model.height, self._model.width)
-        pixels, placement = geometry.place(picture.pixels, size=size, policy=policy.resize)
-        if placement.crops or (not policy.restore_size and placement.source != placement.model):
-            geometry.refuse_moved_places(travelling)
-        values = images.to_model_values(pixels, self._model.value_range)
+        canvas = self._layout.lay_out(picture, sample.fields)
+        self._layout.refuse_moved_places(canvas, travelling)
+        identity = self._naming.identity(shard=shard, key=sample.key, image=image)
+        noise_keys = tuple(self._naming.noise_key(identity, variant) for variant in range(recipe.variants))
         return Prepared(
             source=Source(key=sample.key, offset=sample.offset),
             shard=shard,
-            identity=self._naming.identity(shard=shard, key=sample.key, image=image),
             image_field=image_field,
             image=image,
             picture=picture,
-            placement=placement,
-            x_0=torch.from_numpy(values),
-            label=self._label(sample),
-            label_shows=self._label_shows(sample, travelling),
+            canvas=canvas,
+            walks=tuple(
+                self._walks.resolve(variant, noise_key=noise_key, fields=sample.fields, size=canvas.size)
+                for variant, noise_key in enumerate(noise_keys)
+            ),
+            noise_keys=noise_keys,
+            condition=self._condition(sample),
+            shows=self._shown(sample, travelling),
             # In an order of our own, so that under anonymize not even that comes from the input.
             travelling=dict(sorted(travelling.items())),
         )
 
-    def draws(self, prepared: Prepared) -> Iterator[Draw]:
-        """One draw per variant."""
-        for variant in range(self._recipe.variants):
-            yield Draw(
-                tag=(prepared, variant),
-                x_0=prepared.x_0,
-                noise_key=self._naming.noise_key(prepared.identity, variant),
-                label=prepared.label,
-            )
+    def untouched(self, prepared: Prepared) -> Iterator[Made]:
+        """The outputs of a sample of which nothing is to be drawn, for its region is empty; else none."""
+        if not prepared.canvas.pieces:
+            for variant, pass_number in self._outputs():
+                yield Made(
+                    prepared=prepared,
+                    variant=variant,
+                    pass_number=pass_number,
+                    pieces=(),
+                    batch_size=self._recipe.model.autoencoder.batch_size,
+                    dtype=self._recipe.model.dtype,
+                )
 
-    def finish(self, prepared: Prepared, variant: int, x_0: Tensor) -> Output:
-        """Check, restore and encode what was drawn. Raises SampleError."""
-        check_output(x_0, prepared.x_0)
-        picture, policy = prepared.picture, self._recipe.images
-        pixels, alpha = images.to_pixels(x_0.numpy(), self._model.value_range), picture.alpha
-        if policy.restore_size:
-            pixels = geometry.restore(pixels, prepared.placement)
-        elif alpha is not None:
-            size = (self._model.height, self._model.width)
-            alpha = geometry.place(alpha[..., np.newaxis], size=size, policy=policy.resize)[0][..., 0]
-        drawn = dataclasses.replace(picture, pixels=pixels, alpha=alpha)
-        data, format = images.encode(drawn, policy=policy)
-        field = output_field(prepared.image_field, format)
-        return self._output(prepared, variant, field, data, self._drawn_row)
+    def draws(self, prepared: Prepared) -> Iterator[Draw]:
+        """A draw for each piece of each variant."""
+        passes = self._recipe.passes
+        for variant, (resolved, noise_key) in enumerate(zip(prepared.walks, prepared.noise_keys, strict=True)):
+            for index, piece in enumerate(prepared.canvas.pieces):
+                yield Draw(
+                    tag=PieceTag(prepared=prepared, variant=variant, index=index),
+                    image=piece.image,
+                    noise_key=noise_key,
+                    walk=resolved.walk,
+                    condition=prepared.condition,
+                    passes=passes.count,
+                    emit_all=passes.outputs == "all",
+                    window=piece.window,
+                    region=piece.region,
+                )
+
+    def _outputs(self) -> Iterator[tuple[int, int]]:
+        """(variant, pass number) of every output of a sample, in the order of their numbers."""
+        count = self._recipe.passes.count
+        numbers = range(1, count + 1) if self._recipe.passes.outputs == "all" else [count]
+        return itertools.product(range(self._recipe.variants), numbers)
+
+    def finish(self, made: Made, *, seen: Seen) -> Output:
+        """Check, restore and encode what was drawn; `seen` are the task's other outputs. Raises SampleError."""
+        prepared, recipe = made.prepared, self._recipe
+        for index, (piece, x_0) in enumerate(zip(prepared.canvas.pieces, made.pieces, strict=True)):
+            check_output(x_0, piece.image)
+            if prepared.walks[made.variant].walk.n:
+                check_changed(x_0, piece.image)
+                seen.check(x_0, draw=(prepared.noise_keys[made.variant], made.pass_number, index))
+        if made.flagged and recipe.model.safety != "keep":
+            raise SampleError(FLAGGED, "the model's safety checker objects to the output")
+        drawn = self._layout.take_back(prepared.canvas, made.pieces, prepared.picture)
+        data, format = images.encode(drawn, policy=recipe.images)
+        resolved = prepared.walks[made.variant]
+        template = self._rows.drawn(
+            resolved if resolved.field is None or resolved.field in prepared.shows else None,
+            passes=made.pass_number,
+            batch_size=made.batch_size,
+            dtype=made.dtype,
+            flagged=made.flagged,
+        )
+        number = self._number(made.variant, made.pass_number)
+        return self._output(prepared, number, output_field(prepared.image_field, format), data, template)
 
     def original(self, prepared: Prepared) -> Output:
         """The kept original beside its variants, byte for byte."""
-        return self._output(prepared, ORIGINAL, prepared.image_field, prepared.image, self._row)
+        return self._output(prepared, ORIGINAL, prepared.image_field, prepared.image, self._rows.original())
 
     def failed(self, sample: Sample, error: SampleError, *, shard: str) -> list[tuple[Source, Row]]:
-        """A row per variant for a sample that can't be processed."""
+        """A row per output for a sample that can't be processed."""
         source = Source(key=sample.key, offset=sample.offset, detail=error.detail)
         return [
-            (source, self._bad_row("failed", source, shard, variant, error.reason))
-            for variant in range(self._recipe.variants)
+            (source, self._rows.bad("failed", source, shard=shard, number=number, reason=error.reason))
+            for number in range(self._recipe.outputs)
         ]
 
-    def failed_variant(self, prepared: Prepared, variant: int, error: SampleError) -> tuple[Source, Row]:
-        """The row of a variant that was drawn but can't be used."""
+    def failed_output(self, made: Made, error: SampleError) -> tuple[Source, Row]:
+        """The row of an output that was drawn but can't be used, or is not wanted."""
+        prepared, number = made.prepared, self._number(made.variant, made.pass_number)
+        unwanted = error.reason == FLAGGED and self._recipe.model.safety == "drop"
         source = Source(key=prepared.source.key, offset=prepared.source.offset, detail=error.detail)
-        return source, self._bad_row("failed", source, prepared.shard, variant, error.reason)
+        row = self._rows.bad(
+            "dropped" if unwanted else "failed",
+            source,
+            shard=prepared.shard,
+            number=number,
+            reason=error.reason,
+        )
+        return source, row
 
     def unreadable(self, item: Unreadable, *, shard: str) -> tuple[Source, Row]:
         """The row of bytes that could not be read as a sample."""
         source = Source(key=item.key, offset=item.offset, detail=item.detail)
-        return source, self._bad_row("unreadable", source, shard, 0, item.reason)
+        return source, self._rows.bad("unreadable", source, shard=shard, number=0, reason=item.reason)
 
-    def _label(self, sample: Sample) -> int | None:
-        labels = self._recipe.model.class_labels
+    def _number(self, variant: int, pass_number: int) -> int:
+        """An output's number, the variant column: passes that are outputs count like variants."""
+        passes = self._recipe.passes
+        return variant * passes.count + pass_number - 1 if passes.outputs == "all" else variant
+
+    def _condition(self, sample: Sample) -> Condition:
+        """What the sample is drawn under: its label, its own prompt or everybody's, or nothing."""
+        labels, prompts = self._recipe.model.class_labels, self._recipe.model.prompts
+        if self._model.conditioning == "prompt":
+            field = None if prompts is None else prompts.field
+            return None if field is None else fields.read_text(sample, field)
         if labels is None:
             return None
         label = fields.read_label(sample, labels.field)
@@ -180,60 +242,28 @@ class Transform:
             raise SampleError("label-out-of-range", detail)
         return label
 
-    def _output(
-        self,
-        prepared: Prepared,
-        variant: int,
-        field: str,
-        data: bytes,
-        template: Row,
-    ) -> Output:
-        source_key = prepared.source.key or ""
-        row_key = self._naming.row_key(shard=prepared.shard, key=source_key, variant=variant)
-        key = member_key(self._recipe, row_key, variant)
+    def _output(self, prepared: Prepared, number: int, field: str, data: bytes, template: Row) -> Output:
+        labels = self._recipe.model.class_labels
+        told = labels is not None and labels.field in prepared.shows
+        row = self._rows.filled(
+            template,
+            shard=prepared.shard,
+            key=prepared.source.key or "",
+            number=number,
+            image=prepared.image,
+            data=data,
+            field=field,
+            label=prepared.condition if told and isinstance(prepared.condition, int) else None,
+        )
+        key = member_key(self._recipe, row.key or "", number)
         contents = fields.with_image(field, data, prepared.travelling)
+        if row.flagged is not None:
+            contents[FLAG_FIELD] = str(int(row.flagged)).encode()
         for name in contents:
             check_name(key, name)
-        # Read back what will be written: that it decodes is part of being done.
-        written = images.decode(data, field=field, channels=None, policy=self._recipe.images)
-        height, width = written.pixels.shape[:2]
-        row = dataclasses.replace(
-            template,
-            key=row_key,
-            variant=variant,
-            source_digest=self._naming.source_digest(prepared.image, row_key=row_key),
-            output_digest=hashlib.sha256(data).hexdigest(),
-            pixel_digest=pixel_digest(written),
-            label=prepared.label if prepared.label_shows else None,
-            width=width,
-            height=height,
-        )
         return Output(row=row, member_key=key, fields=contents)
 
-    def _bad_row(self, status: Status, source: Source, shard: str, variant: int, reason: str) -> Row:
-        key = None
-        if source.key is not None:
-            key = self._naming.row_key(shard=shard, key=source.key, variant=variant)
-        return dataclasses.replace(
-            self._row,
-            key=key,
-            variant=variant,
-            status=status,
-            reason=reason,
-            # A sentence may quote the input, an offset finds it: under anonymize both stay private.
-            detail=None if self._private else source.detail,
-            offset=None if self._private else source.offset,
-        )
-
-    def _label_shows(self, sample: Sample, travelling: Mapping[str, bytes]) -> bool:
-        labels = self._recipe.model.class_labels
-        if labels is None or not self._private:
-            return labels is not None
-        return labels.field in travelling and travelling[labels.field] == sample.fields.get(labels.field)
-
-
-def _sampler_name(sampler: Sampler) -> str:
-    """The sampler column: the name the field has for what the recipe asks for."""
-    if sampler.eta:
-        return f"ancestral {sampler.variance}"
-    return "ddim" if sampler.order == 1 else "dpm-solver++2m"
+    def _shown(self, sample: Sample, travelling: Mapping[str, bytes]) -> frozenset[str]:
+        if self._recipe.purpose != "anonymize":
+            return frozenset(sample.fields)
+        return frozenset(name for name, data in travelling.items() if data == sample.fields.get(name))

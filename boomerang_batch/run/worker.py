@@ -13,10 +13,7 @@ from collections.abc import Mapping
 import ray
 
 from boomerang_batch.run.runner import Runner
-from boomerang_batch.run.tasks import RunSpec, ShardReport, Task, WorkerFacts
-
-DEPTH = 2
-"""Tasks in flight per worker."""
+from boomerang_batch.run.tasks import DEPTH, RunSpec, ShardReport, Task, WorkerFacts
 
 
 @ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={"work": DEPTH, "ctl": 1})
@@ -46,7 +43,7 @@ class Worker:
             self._finished[task.name] = finished
 
         try:
-            return self._runner.run(task, stop=self._stop, progress=progress)
+            return self._runner.run(task, stopped=self._stop.is_set, progress=progress)
         finally:
             self._finished.pop(task.name, None)
 

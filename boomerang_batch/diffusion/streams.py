@@ -1,0 +1,83 @@
+"""One caller's draws on their way in and results on their way out, between its threads and the engine's.
+
+A stream belongs to an engine's condition: every field is read and written under it alone.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Generator, Iterable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from boomerang_batch.diffusion.slots import Draw
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """What became of a draw, or of one pass of it."""
+
+    draw: Draw
+    pass_number: int
+    """1 for the first pass of a cascade."""
+    image: Tensor
+    """(C, H, W) float32 on the CPU, in the denoiser's value range."""
+    batch_size: int
+    """The smallest batch shape that any step of it was computed in."""
+
+
+class Stream:
+    """The queues of one caller. `ahead` bounds the draws that wait for a slot."""
+
+    def __init__(self, changed: threading.Condition, *, ahead: int) -> None:
+        self._changed = changed
+        self._ahead = ahead
+        self.waiting: deque[Draw] = deque()
+        self.results: deque[Drawn] = deque()
+        self.inside = 0
+        """Draws taken out of `waiting` whose last result is not in `results` yet."""
+        self.exhausted = False
+        self.cancelled = False
+        self.error: BaseException | None = None
+
+    def read(self, draws: Iterable[Draw]) -> None:
+        """Take everything in, as fast as slots come free. For a thread of its own."""
+        error = None
+        try:
+            for draw in draws:
+                if not self._offer(draw):
+                    break
+        except BaseException as caught:  # it is raised again on the caller's thread
+            error = caught
+        if isinstance(draws, Generator):
+            draws.close()
+        with self._changed:
+            self.error = self.error or error
+            self.exhausted = True
+            self._changed.notify_all()
+
+    def next_result(self) -> Drawn | None:
+        """The next result, or None after the last. Raises what went wrong with the draws or the engine."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.error or self.results or self._over)
+            if self.error is not None:
+                raise self.error
+            if not self.results:
+                return None
+            self._changed.notify_all()
+            return self.results.popleft()
+
+    @property
+    def _over(self) -> bool:
+        return self.exhausted and not self.waiting and not self.inside
+
+    def _offer(self, draw: Draw) -> bool:
+        """Put a draw into the queue when there is room; False when nobody wants it any more."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.cancelled or len(self.waiting) < self._ahead)
+            if not self.cancelled:
+                self.waiting.append(draw)
+                self._changed.notify_all()
+            return not self.cancelled

@@ -1,0 +1,151 @@
+"""How far out each variant goes: the recipe's t, drawn, read or given, resolved on the model's chain.
+
+A drawn t is a function of the variant's noise key alone, like every other draw. Equal values share one walk.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from boomerang_batch.config.pipeline import FromField, Recipe, Spread
+from boomerang_batch.diffusion.denoiser import DenoiserSpec
+from boomerang_batch.diffusion.engine import Walk
+from boomerang_batch.diffusion.noise import Purpose, uniform
+from boomerang_batch.diffusion.samplers import build_solver
+from boomerang_batch.diffusion.schedule import build_schedule
+from boomerang_batch.errors import ConfigError, SampleError
+
+_KEPT_WALKS = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved:
+    """One variant's t and where it leads."""
+
+    t: str
+    """As rows tell it: fraction=0.4."""
+    walk: Walk
+    field: str | None
+    """The field of the sample that said it: rows must not tell t where that field may not travel."""
+
+
+class Walks:
+    """Every walk of one recipe on one model. Raises ConfigError for a t or sampler without meaning there."""
+
+    def __init__(self, recipe: Recipe, model: DenoiserSpec) -> None:
+        self._recipe = recipe
+        self._model = model
+        self._walk = functools.lru_cache(_KEPT_WALKS)(self._build)
+        self._check()
+
+    def resolve(
+        self, variant: int, *, noise_key: bytes, fields: Mapping[str, bytes], size: tuple[int, int]
+    ) -> Resolved:
+        """Where `variant` of a sample with these `fields` goes, as an image of `size` (height, width).
+
+        Raises SampleError `missing-t` or `bad-t` for a t that a field should tell.
+        """
+        levels = self._recipe.levels
+        unit, value = levels[variant if len(levels) > 1 else 0].unit
+        if isinstance(value, FromField):
+            number = _read(fields, value.field, unit)
+        elif isinstance(value, Spread):
+            number = _drawn(value, unit, noise_key)
+        else:
+            number = value
+        try:
+            walk = self._walk(unit, number, size)
+        except ConfigError as error:
+            raise SampleError("bad-t", str(error)) from error
+        if walk.n == 0 and self._recipe.purpose == "anonymize":
+            raise SampleError("bad-t", f"t {unit}={number:g} gives back the input: nothing would be anonymized")
+        return Resolved(
+            t=f"{unit}={number!r}", walk=walk, field=value.field if isinstance(value, FromField) else None
+        )
+
+    def at(self, unit: str, value: float) -> Walk:
+        """The walk of a given t at the model's own size. Raises ConfigError."""
+        return self._walk(unit, _whole(unit, value), (self._model.height, self._model.width))
+
+    def _check(self) -> None:
+        """Build what can be told beforehand, so that a bad recipe fails before it costs anything."""
+        for unit, value in (level.unit for level in self._recipe.levels):
+            for number in _known_numbers(value):
+                walk = self.at(unit, number)
+                if walk.n == 0 and self._recipe.purpose == "anonymize":
+                    raise ConfigError(
+                        f"t {unit}={number:g} comes to 0 evaluations, which gives back the input: "
+                        "nothing would be anonymized"
+                    )
+
+    def _build(self, unit: str, value: float, size: tuple[int, int]) -> Walk:
+        recipe, model = self._recipe, self._model
+        schedule = build_schedule(
+            model.levels_at(*size),
+            grid=recipe.grid,
+            steps=recipe.steps,
+            t=(unit, value),
+            start=recipe.start,
+            fractional_tau=model.fractional_tau,
+        )
+        sampler = recipe.sampler
+        if sampler.variance == "learned" and not model.learned_variance:
+            raise ConfigError("sampler.variance learned: this model has learned none; take fixed_small")
+        clip_range = model.clip_range
+        if sampler.clip is not None:
+            clip_range = (model.clip_range or max(model.value_range)) if sampler.clip else None
+        solver = build_solver(
+            schedule,
+            prediction=model.prediction,
+            eta=sampler.eta,
+            order=sampler.order,
+            variance=sampler.variance,
+            data_variance=sampler.data_variance,
+            clip_range=clip_range,
+        )
+        return Walk(schedule, solver)
+
+
+def examples(recipe: Recipe, model: DenoiserSpec) -> Iterator[tuple[str, Walk]]:
+    """Every t that can be told beforehand, in words, with its walk at the model's own size."""
+    walks = Walks(recipe, model)
+    for unit, value in (level.unit for level in recipe.levels):
+        for number in _known_numbers(value):
+            yield f"{unit}={number!r}", walks.at(unit, number)
+
+
+def _known_numbers(value: float | Spread | FromField) -> tuple[float, ...]:
+    """What can be told of a t before any sample is seen: itself, or the ends of its spread."""
+    if isinstance(value, Spread):
+        return value.uniform
+    return () if isinstance(value, FromField) else (value,)
+
+
+def _drawn(spread: Spread, unit: str, noise_key: bytes) -> float:
+    low, high = spread.uniform
+    share = uniform(noise_key, purpose=Purpose.T_DRAW)
+    if unit == "timestep":
+        return low + int(share * (high - low + 1))
+    return low + share * (high - low)
+
+
+def _read(fields: Mapping[str, bytes], field: str, unit: str) -> float:
+    data = fields.get(field)
+    if data is None:
+        raise SampleError("missing-t", f"there is no field {field} to read t from, only {', '.join(fields)}")
+    shown = data[:20].decode("utf-8", "backslashreplace")
+    try:
+        return _whole(unit, float(data.decode("ascii")))
+    except (ValueError, ConfigError) as error:
+        raise SampleError("bad-t", f"field {field} holds {shown!r}, not a {unit} for t") from error
+
+
+def _whole(unit: str, value: float) -> float:
+    """Timesteps are whole numbers."""
+    if unit != "timestep":
+        return value
+    if value != int(value):
+        raise ConfigError(f"t timestep={value:g}: timesteps are whole numbers")
+    return int(value)
