@@ -31,14 +31,19 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)  ## Make an anonymized twin of a small real dataset, with the shipped model
 	@$(BIN)/boomerang-batch demo $(OUT)
 
+# Two processes of one thread each: threads that wait for each other would spin. Slow tests time, kill and start
+# processes themselves, so they go one by one.
+FAST_TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow'
+
 test: $(INSTALLED)  ## Run every test
-	@$(BIN)/python -m pytest
+	@$(FAST_TESTS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 test-chaos: $(INSTALLED)  ## The kill test in its long form: 20 workers and 5 drivers killed, some ten minutes
 	@BOOMERANG_CHAOS=long $(BIN)/python -m pytest tests/test_ray.py -k kills
 
 check: lint types  ## Before each commit: format, lint, types, layering, docs freshness, fast tests
-	@$(BIN)/python -m pytest -m 'not slow'
+	@$(FAST_TESTS)
 
 lint: $(INSTALLED)  ## Check formatting and lint rules
 	@$(BIN)/ruff format --check $(SOURCES)

@@ -25,7 +25,7 @@ import torch
 
 from boomerang_batch.config.pipeline import ClassLabels, ModelSpec
 from boomerang_batch.data.images import contact_sheet, to_pixels
-from boomerang_batch.diffusion.engine import Draw, Engine
+from boomerang_batch.diffusion.engine import Draw, Engine, Walk
 from boomerang_batch.diffusion.noise import noise_key, seed_material
 from boomerang_batch.diffusion.samplers import build_solver
 from boomerang_batch.diffusion.schedule import build_schedule
@@ -61,23 +61,25 @@ def generate(args: argparse.Namespace, count: int) -> tuple[np.ndarray, np.ndarr
     draws = (
         Draw(
             tag=index,
-            x_0=blank,
+            image=blank,
             noise_key=noise_key(seed_material(args.seed), identity=str(index).encode(), variant=0),
-            label=index % CLASSES,
+            walk=Walk(schedule, solver),
+            condition=index % CLASSES,
         )
         for index in range(len(images), count)
     )
-    engine = Engine(denoiser, schedule, solver, batch_size=args.batch_size)
-    made, since = [], time.monotonic()
-    for _, x_0 in engine.run(draws):
+    engine = Engine(denoiser, batch_size=args.batch_size, threads=args.threads)
+    made, since = {}, time.monotonic()
+    for drawn in engine.run(draws):
         margin = (denoiser.spec.height - 28) // 2
-        inner = x_0[:, margin : margin + 28, margin : margin + 28].numpy()
-        made.append(to_pixels(inner, denoiser.spec.value_range)[:, :, 0])
+        inner = drawn.image[:, margin : margin + 28, margin : margin + 28].numpy()
+        made[drawn.draw.tag] = to_pixels(inner, denoiser.spec.value_range)[:, :, 0]
         if len(made) % 100 == 0:
             print(f"{len(images) + len(made)}/{count} samples", file=sys.stderr, flush=True)
+    engine.close()
     if made:
         settings["seconds_per_sample"] = round((time.monotonic() - since) / len(made), 4)
-        images = np.concatenate([images, np.stack(made)])
+        images = np.concatenate([images, np.stack([made[index] for index in sorted(made)])])
         args.cache.mkdir(parents=True, exist_ok=True)
         np.save(kept, images)
     return images[:count], np.arange(count) % CLASSES, settings

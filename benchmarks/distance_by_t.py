@@ -31,7 +31,7 @@ from boomerang_batch.data.manifest import load_manifest
 from boomerang_batch.data.shards import Sample, read_samples
 from boomerang_batch.diffusion.engine import Draw
 from boomerang_batch.diffusion.noise import noise_key, seed_material
-from boomerang_batch.run.loading import load_engine
+from boomerang_batch.run.loading import load
 
 FRACTIONS = (0.0, 0.1, 0.2, 0.4, 0.6, 0.8)
 SEED = 20221012
@@ -52,31 +52,35 @@ def demo_images(recipe: Recipe, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 def twins(recipe: Recipe, sources: np.ndarray, labels: np.ndarray, threads: int) -> tuple[np.ndarray, dict]:
     """The recipe's outputs for `sources`, uint8 (N, 28, 28), and what they took."""
-    engine = load_engine(recipe, device="cpu", threads=threads)
+    engine, walks = load(recipe, device="cpu", threads=threads)
     model = engine.denoiser.spec
+    walk = walks.at(*recipe.levels[0].unit)
     placed = [
         geometry.place(pixels[:, :, None], size=(model.height, model.width), policy="pad") for pixels in sources
     ]
     draws = (
         Draw(
             tag=index,
-            x_0=torch.from_numpy(images.to_model_values(pixels, model.value_range)),
+            image=torch.from_numpy(images.to_model_values(pixels, model.value_range)),
             noise_key=noise_key(seed_material(SEED), identity=str(index).encode(), variant=0),
-            label=int(labels[index]),
+            walk=walk,
+            condition=int(labels[index]),
         )
         for index, (pixels, _) in enumerate(placed)
     )
     since = time.monotonic()
-    outputs = [
-        geometry.restore(images.to_pixels(x_0.numpy(), model.value_range), placed[draw.tag][1])[:, :, 0]
-        for draw, x_0 in engine.run(draws)
-    ]
+    outputs = np.empty_like(sources)
+    for drawn in engine.run(draws):
+        index = drawn.draw.tag
+        pixels = images.to_pixels(drawn.image.numpy(), model.value_range)
+        outputs[index] = geometry.restore(pixels, placed[index][1])[:, :, 0]
+    engine.close()
     facts = {
-        "sigma": round(engine.schedule.relative_sigma, 4),
-        "evaluations": engine.schedule.n,
+        "sigma": round(walk.schedule.relative_sigma, 4),
+        "evaluations": walk.n,
         "ms_per_image": round((time.monotonic() - since) / len(sources) * 1000, 1),
     }
-    return np.stack(outputs), facts
+    return outputs, facts
 
 
 def squared_distance(first: np.ndarray, second: np.ndarray) -> np.ndarray:

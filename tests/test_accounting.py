@@ -183,7 +183,7 @@ def test_what_is_known_of_a_record_narrows_the_gallery():
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({}, "one secret share their noise"),
+        ({}, "another recipe under the same secret"),
         ({}, "weights don't depend on the record"),
         ({"sampler": {"eta": 0}}, "prefer eta 1"),
         ({"identity": "content"}, "Equal images give equal outputs"),
@@ -246,8 +246,8 @@ def test_the_best_attack_attains_the_bound_and_does_not_pass_it(sigmas):
     assert abs(right - bound) < 4 * math.sqrt(bound * (1 - bound) / count)
 
 
-def test_two_runs_under_one_secret_hide_nothing():
-    """Why each run needs a secret of its own: equal noise at two levels is two equations for two unknowns."""
+def test_equal_noise_at_two_levels_hides_nothing():
+    """Why the noise key mixes the recipe: equal noise at two levels is two equations for two unknowns."""
     generator = torch.Generator().manual_seed(1)
     x_0, eps = torch.randn(2, 64, generator=generator, dtype=torch.float64)
     near, far = x_0 + 2.0 * eps, x_0 + 5.0 * eps

@@ -7,7 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from boomerang_batch.diffusion.batch_size import find_batch_size, is_out_of_memory, largest_that_fits
+from boomerang_batch.diffusion.batch_size import (
+    find_batch_size,
+    in_fixed_batches,
+    is_out_of_memory,
+    largest_that_fits,
+)
 from boomerang_batch.errors import ModelError
 
 CPU_MEMORY = "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to "
@@ -16,6 +21,8 @@ FAULTS = [
     MemoryError(),
     RuntimeError(CPU_MEMORY + "allocate 4398046511104 bytes. Error code 12 (Cannot allocate memory)"),
     RuntimeError("[enforce fail] not enough memory: you tried to allocate 137438953472 bytes."),
+    RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GiB, max allowed: 9.07 GiB)."),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
 ]
 
@@ -127,3 +134,38 @@ def test_a_failed_attempt_keeps_nothing_alive():
 
     assert largest_that_fits(attempt, 8) == 0
     assert len(held) == 4
+
+
+# --- batches of one size ---
+
+
+@given(count=st.integers(1, 9), size=st.integers(1, 4))
+def test_rows_go_through_in_batches_of_exactly_one_size(count, size):
+    seen = []
+
+    def function(batch):
+        seen.append(batch)
+        return 10 * batch
+
+    rows = 1.0 + torch.arange(count).view(-1, 1)
+    assert torch.equal(in_fixed_batches(function, rows, size), 10 * rows)
+    assert [len(batch) for batch in seen] == [size] * -(-count // size)
+    assert not seen[-1][count - size * (len(seen) - 1) :].any()  # padded with zeros
+
+
+@fault
+@pytest.mark.parametrize(("memory", "told"), [(3, "batch_size: 2 fits"), (0, "not even 1 fits")])
+def test_an_autoencoder_without_memory_is_told_what_fits(fault, memory, told):
+    measure, tried = machine([1.0] * 12, memory=memory, fault=fault)
+    with pytest.raises(ModelError, match=told) as caught:
+        in_fixed_batches(lambda batch: batch * measure(len(batch)), torch.zeros(6, 1), 4)
+    assert "model.autoencoder.batch_size: 4" in str(caught.value)
+    assert tried[:2] == [4, 2]
+
+
+def test_an_autoencoders_other_errors_go_through():
+    def fail(batch):
+        raise ValueError("shapes")
+
+    with pytest.raises(ValueError, match="shapes"):
+        in_fixed_batches(fail, torch.zeros(6, 1), 4)

@@ -464,7 +464,7 @@ GOLDEN_CANONICAL = {
         "patch_size": 1,
         "prompts": None,
         "revision": None,
-        "safety": "off",
+        "safety": "unchecked",
         "source": "shipped:demo/model",
         "subfolder": None,
     },
@@ -479,7 +479,7 @@ GOLDEN_CANONICAL = {
     "upscale": None,
     "variants": 1,
 }
-GOLDEN_DIGEST = "2d0f81bf347f041419fd571ee484c0a147d08c12961f760b95340e8d5507335d"
+GOLDEN_DIGEST = "9e85d5a884b8fe08151043fb85846a03f0bf191f1613a8c0ccb69c128ad069fe"
 
 
 def test_the_canonical_form_spells_out_every_default():

@@ -7,10 +7,15 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from boomerang_batch import errors, shipped
 from boomerang_batch.cli.reference import commands, reference
+from boomerang_batch.config.features import FEATURES
+from boomerang_batch.config.messages import blocks_in
+from boomerang_batch.config.pipeline import Recipe, parse_recipe
 from boomerang_batch.data.provenance import SCHEMA, Marker
+from boomerang_batch.models.families import FAMILIES
 from boomerang_batch.run.record import RunRecord
 
 ROOT = Path(__file__).parent.parent
@@ -71,7 +76,7 @@ def test_named_recipes_commands_and_targets_exist(page):
     text = page.read_text()
     recipes = re.findall(r"boomerang-batch (?:run|doctor) ([a-z0-9-]+)(?= |$|`|\n)", text)
     recipes += re.findall(r"pipelines/([a-z0-9-]+)\.yaml", text)
-    recipes += re.findall(r"`((?:demo|cifar10|imagenet)-[a-z]+)`", text)
+    recipes += re.findall(r"`((?:demo|cifar10|imagenet|faces|photo)-[a-z]+)`", text)
     assert set(recipes) <= set(shipped.names("pipelines"))
 
     known = {context.command_path.removeprefix("boomerang-batch").strip() for context in commands()}
@@ -116,3 +121,130 @@ def test_the_output_format_lists_every_fact_of_marker_and_run_record():
     rows = re.findall(r"^\| (`.*?) \|", section("`run.json`"), re.MULTILINE)
     facts = {field.name for field in dataclasses.fields(RunRecord)}
     assert set(re.findall(r"`(\w+)`", " ".join(rows))) == facts | {"format_version"}
+
+
+# --- recipes.md ---
+
+RECIPES = (ROOT / "docs" / "recipes.md").read_text()
+REFERENCE, PRIVACY = RECIPES.split("\n## Privacy, field by field\n")
+
+
+def names(cell):
+    """The inline code in a cell of a table."""
+    return re.findall(r"`([^`]+)`", cell)
+
+
+def rows(text, columns):
+    """The rows of every table of so many columns, without heading and rule."""
+    cells = [re.split(r"(?<!\\) \| ", line.strip("| ")) for line in text.splitlines() if line.startswith("| ")]
+    return [row for row in cells if len(row) == columns]
+
+
+def fields_told():
+    """What the page says of each field: its default as written, by dotted path."""
+    return {
+        name: default
+        for field, default, _ in rows(REFERENCE, 3)
+        for name in names(field)
+        if set(names(field)) & set(FEATURES)
+    }
+
+
+def at(path):
+    """A recipe's field, by dotted path."""
+    block, found = Recipe, None
+    for name in path.split("."):
+        found = block.model_fields[name]
+        block = next(blocks_in(found.annotation), None)
+    return found
+
+
+def test_every_field_of_a_recipe_is_explained_and_no_other():
+    assert set(fields_told()) == set(FEATURES)
+    explained = [name for field, *_ in rows(REFERENCE, 3) for name in names(field)]
+    assert sorted(name for name in explained if name in FEATURES) == sorted(FEATURES), "each just once"
+
+
+@pytest.mark.parametrize("path", [path for path in FEATURES if not path.startswith("t.")])
+def test_every_default_is_the_one_that_is_told(path):
+    told, field = fields_told()[path], at(path)
+    if field.is_required():
+        assert told == "required"
+        return
+    default = field.get_default(call_default_factory=True)
+    default = list(default) if isinstance(default, tuple) else default
+    assert yaml.safe_load(told.strip("`")) == default
+    assert told.startswith("`"), "a default is written as code"
+
+
+def test_the_privacy_of_every_field_is_told_as_the_code_states_it():
+    told = {name: says for field, says in rows(PRIVACY, 2) for name in names(field)}
+    assert told == {path: feature.says for path, feature in FEATURES.items()}
+
+
+def known_paths(block=Recipe, prefix=""):
+    """The dotted paths of all fields and blocks of a recipe."""
+    found = set()
+    for name, field in block.model_fields.items():
+        found |= {prefix + name}.union(
+            *(known_paths(part, f"{prefix}{name}.") for part in blocks_in(field.annotation))
+        )
+    return found
+
+
+@page
+def test_fields_of_recipes_that_are_named_exist(page):
+    text = page.read_text()
+    found = re.findall(r"`([a-z_]+(?:\.[a-z0-9_]+)+)(?:[:=][^`]*)?`", prose(text))
+    blocks = {path.partition(".")[0] for path in known_paths() if "." in path}
+    told = {path for path in found if path.partition(".")[0] in blocks}
+    files = {path for path in told if path.endswith((".json", ".yaml", ".md"))}
+    assert told - files - known_paths() == set()
+
+
+EXAMPLES = [
+    pytest.param(page, number, block, id=f"{page.name}-{number}")
+    for page in (
+        ROOT / "README.md",
+        *(ROOT / "docs" / name for name in ("recipes.md", "models.md", "denoisers.md")),
+    )
+    for number, block in enumerate(re.findall(r"^```yaml\n(.*?)^```", page.read_text(), re.M | re.S))
+]
+
+
+@pytest.mark.parametrize(("page", "number", "block"), EXAMPLES)
+def test_every_example_of_a_recipe_parses(page, number, block):
+    example = yaml.safe_load(block)
+    base = yaml.safe_load(re.search(r"^```yaml\n(.*?)^```", RECIPES, re.M | re.S)[1])
+    whole = example if "name" in example else base | example
+    parse_recipe(yaml.safe_dump(whole), source=f"{page.name}, example {number}")
+
+
+def test_every_section_about_a_block_has_an_example():
+    told = {name for *_, block in (param.values for param in EXAMPLES) for name in yaml.safe_load(block)}
+    assert told >= {"t", "sampler", "passes", "model", "images", "upscale", "region", "fields", "batching"}
+
+
+# --- models.md, benchmarks ---
+
+
+def test_every_pipeline_that_loads_is_on_the_models_page_and_no_other():
+    text = (ROOT / "docs" / "models.md").read_text()
+    assert set(re.findall(r"`(\w+Pipeline)`", text)) == {name for name in FAMILIES if name}
+    for family in FAMILIES.values():
+        layout = family.layout
+        wanted = {layout.network, layout.network_class, layout.autoencoder, *(name for name, _ in layout.text)}
+        assert [name for name in wanted if name and name not in text] == []
+
+
+@page
+def test_benchmarks_that_are_named_exist(page):
+    named = re.findall(r"benchmarks/(\w+\.py)", page.read_text())
+    assert [name for name in named if not (ROOT / "benchmarks" / name).is_file()] == []
+
+
+def test_decisions_are_numbered_without_gaps_and_titled_alike():
+    pages = sorted((ROOT / "docs" / "decisions").glob("*.md"))
+    for number, path in enumerate(pages, start=1):
+        assert path.name.startswith(f"{number:04d}-")
+        assert path.read_text().startswith(f"# {number}. ")

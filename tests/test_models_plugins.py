@@ -415,7 +415,7 @@ def test_what_is_no_denoiser_is_told_by_what_it_lacks(made, told):
     [
         ({"class_labels": ClassLabels()}, "takes no label; remove model.class_labels"),
         ({"prompts": Prompts()}, "takes no prompt; remove model.prompts"),
-        ({"safety": "drop"}, "has no safety checker; set model.safety: off"),
+        ({"safety": "drop"}, "has no safety checker; set model.safety: unchecked"),
     ],
 )
 def test_a_recipe_that_asks_for_what_the_model_has_not_is_refused(model, told):

@@ -105,3 +105,15 @@ def test_a_key_that_could_be_a_variant_s_is_refused_beside_originals_only():
     assert refusal.value.reason == "reserved-key"
     refuse_reserved_key(keeping, "k-v")
     refuse_reserved_key(worlds.recipe(MODEL, purpose="augment"), "k-v0")
+
+
+def test_two_recipes_share_noise_under_a_seed_and_never_under_a_secret():
+    """Equal noise at two t would cancel, and show the image that both releases were made of."""
+    near, far = ("t.fraction=0.4", "t.fraction=0.8")
+    assert private(near).noise_key(b"k", 0) != private(far).noise_key(b"k", 0)
+    assert private(near).noise_key(b"k", 0) == private(near).noise_key(b"k", 0)
+    assert private(near).row_key(shard="a", key="k", variant=0) == private(far).row_key(
+        shard="a", key="k", variant=0
+    )
+    seeded = [Naming(worlds.recipe(MODEL, t, purpose="augment"), None) for t in (near, far)]
+    assert seeded[0].noise_key(b"k", 0) == seeded[1].noise_key(b"k", 0)

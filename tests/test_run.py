@@ -8,7 +8,6 @@ import json
 import random
 import tempfile
 import threading
-import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -97,27 +96,16 @@ def test_order_of_the_manifest_changes_no_byte(tmp_path: Path, tiny_model: Path,
 
 
 @pytest.mark.usefixtures("secret")
-def test_a_stopped_run_resumes_to_the_same_bytes(
-    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_stopped_run_resumes_to_the_same_bytes(tmp_path: Path, tiny_model: Path):
     # Far more samples than a stream has in slots and queues.
     manifest = worlds.save_shards(tmp_path / "long", shards=3, samples=30)
     recipe = worlds.recipe(tiny_model, "batch_size=2")
     worlds.run(recipe, manifest, tmp_path / "whole")
 
-    stop, real, begun = threading.Event(), Runner.run, []
-
-    def stop_in_the_second(self, task, *, stopped, progress):
-        begun.append(task)
-        second = len(begun) == 2
-        while second and not list((tmp_path / "cut").glob("*_stats.json")):
-            time.sleep(0.01)  # the pool begins two tasks at once
-        return real(self, task, stopped=stopped, progress=lambda n: stop.set() if second and n == 4 else None)
-
-    monkeypatch.setattr(Runner, "run", stop_in_the_second)
-    first = worlds.run(recipe, manifest, tmp_path / "cut", stop=stop)
+    with pytest.MonkeyPatch.context() as patch:
+        stop = worlds.stop_within_the_second_shard(patch, tmp_path / "cut")
+        first = worlds.run(recipe, manifest, tmp_path / "cut", stop=stop)
     assert (first.exit_code, first.shards["done"], first.shards["left"]) == (75, 1, 2)
-    monkeypatch.setattr(Runner, "run", real)
 
     second = worlds.run(recipe, manifest, tmp_path / "cut")
     assert (second.exit_code, second.shards["there"], second.shards["done"]) == (0, 1, 2)

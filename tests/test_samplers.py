@@ -416,6 +416,134 @@ def test_optimal_grows_from_fixed_small_with_the_datas_variance():
     assert bool((noise("optimal", 0.5) > noise("optimal", 0.1)).all())
 
 
+def learned_walk(n: int = 6) -> tuple[Schedule, dict[str, Solver]]:
+    schedule = build_schedule(LINEAR, grid="linspace", steps=n, t=("fraction", 0.8), start="exact")
+    return schedule, {
+        variance: build_solver(schedule, prediction="epsilon", eta=1, variance=variance)
+        for variance in ("fixed_small", "fixed_large", "learned")
+    }
+
+
+def test_a_learned_variance_lies_between_small_and_large():
+    schedule, solvers = learned_walk()
+    node = torch.arange(1, schedule.n + 1)
+    x, mean, z = (normals(seed, shape=(schedule.n, 2, 4, 4)) for seed in (1, 2, 3))
+    moved = {name: step_from(solver, x, mean, node, z) for name, solver in solvers.items() if name != "learned"}
+    for said, name in ((-1.0, "fixed_small"), (1.0, "fixed_large")):
+        output = torch.cat([mean, torch.full_like(mean, said)], 1)
+        assert torch.allclose(step_from(solvers["learned"], x, output, node, z), moved[name], atol=1e-12)
+    between = step_from(solvers["learned"], x, torch.cat([mean, torch.zeros_like(mean)], 1), node, z)
+    # Halfway in the logarithm: the geometric mean of the two deviations.
+    deviations = (
+        (solvers["fixed_small"][Column.NOISE] * solvers["fixed_large"][Column.NOISE])
+        .sqrt()[node]
+        .view(-1, 1, 1, 1)
+    )
+    without = step(solvers["fixed_small"].table[node], x, mean, None)[0]
+    assert torch.allclose(between, without + deviations * z, atol=1e-12)
+
+
+@pytest.mark.parametrize("said", [float("nan"), float("inf"), -float("inf"), 1e30])
+def test_what_is_said_of_a_variance_that_nobody_asked_for_is_ignored(said):
+    """Under a fixed variance, and at the last step, which adds no noise."""
+    schedule, solvers = learned_walk()
+    x, mean, z = (normals(seed, shape=(schedule.n, 2, 4, 4)) for seed in (1, 2, 3))
+    output = torch.cat([mean, torch.full_like(mean, said)], 1)
+    node = torch.arange(1, schedule.n + 1)
+    fixed = step_from(solvers["fixed_small"], x, mean, node, z)
+    assert torch.equal(step_from(solvers["fixed_small"], x, output, node, z), fixed)
+    assert torch.equal(step_from(solvers["learned"], x, output, node, z)[0], fixed[0])
+
+
+# --- bits and extremes ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_whether_others_add_noise_changes_no_bit_not_even_a_zeros_sign(dtype):
+    """The last step adds none, and a network that says -0 is believed."""
+    schedule = build_schedule(LINEAR, grid="linspace", steps=5, t=("fraction", 0.5), start="exact")
+    solver = build_solver(schedule, prediction="sample", eta=1)
+    rows = solver.table[torch.ones(3, dtype=torch.int64)]
+    x, z = normals(1, dtype), normals(2, dtype)
+    silent = step(rows, x, torch.full_like(x, -0.0), None)[0]
+    beside = step(rows, x, torch.full_like(x, -0.0), z)[0]
+    assert torch.equal(silent.signbit(), beside.signbit())
+    assert torch.equal(silent, beside)
+
+
+def chains() -> dict[str, tuple[NoiseLevels, str]]:
+    """Chains with the predictions that are at home in them, begun at pure noise where that means anything."""
+    table = torch.linspace(0.999, 0, 12, dtype=torch.float64) ** 2
+    flow = flow_levels(torch.linspace(0.05, 1, 12), torch.arange(12))
+    wide = torch.logspace(-3, 2.5, 12, dtype=torch.float64)
+    return {
+        "zero-snr v": (vp_levels(table), "v_prediction"),
+        "zero-snr sample": (vp_levels(table), "sample"),
+        "vp epsilon": (levels_of("vp", wide), "epsilon"),
+        "ve score": (levels_of("ve", wide), "score"),
+        "flow": (flow, "flow"),
+    }
+
+
+@pytest.mark.parametrize("name", chains())
+@pytest.mark.parametrize(("eta", "order"), [(1, 1), (0.5, 1), (0, 1), (0, 2)])
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("end", [(1.0, 0.0), (0.9999, 0.0141), "first"])
+def test_a_walk_in_float32_stays_finite_wherever_it_begins_and_ends(name, eta, order, clip, end):
+    """And near its walk in float64: pure noise at the start, an end that is not clean or is node 1 itself."""
+    levels, prediction = chains()[name]
+    schedule = build_schedule(levels, grid="linspace", steps=12, t=("fraction", 1), start="exact")
+    if end != (1.0, 0.0):
+        at = (float(schedule.alpha[1]), float(schedule.sigma[1])) if end == "first" else end
+        ratio = at[1] / at[0]
+        above = [
+            i for i in range(1, schedule.n + 1) if schedule.sigma[i] >= ratio * schedule.alpha[i] * (1 - 1e-12)
+        ]
+        parts = (
+            torch.cat([torch.tensor([value], dtype=torch.float64), column[above]])
+            for value, column in zip((*at, 0.0), (schedule.alpha, schedule.sigma, schedule.tau), strict=True)
+        )
+        schedule = Schedule(kind=schedule.kind, **dict(zip(("alpha", "sigma", "tau"), parts, strict=True)))
+    solver = build_solver(schedule, prediction=prediction, eta=eta, order=order, clip_range=clip)
+    finite = [column for column in Column if column is not Column.CLIP or clip is not None]
+    assert bool(solver.table[1:, finite].isfinite().all())
+
+    def walked(dtype: torch.dtype) -> Tensor:
+        x, before = (float(schedule.alpha[-1]) + float(schedule.sigma[-1]) * normals(1)).to(dtype), None
+        rows = solver.table.to(dtype)
+        for i in range(schedule.n, 0, -1):
+            node = torch.full((len(x),), i)
+            scale = float(schedule.sigma[i]) if prediction == "score" else 1.0
+            output = network(x / max(1.0, float(schedule.sigma[i])), float(schedule.tau[i])) / scale
+            x, x0 = step(rows[node], x, output, normals(100 + i).to(dtype), before)
+            before = x0 if order == 2 else None
+            assert x.dtype == dtype
+        return x
+
+    exact, single = walked(torch.float64), walked(torch.float32)
+    assert bool(single.isfinite().all())
+    assert rms(single.double() - exact) <= 1e-3 * max(1.0, rms(exact))
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 3e38])
+def test_a_row_of_nonsense_changes_no_bit_of_the_others(poison):
+    """In its state, its output, its history and what is known of it."""
+    schedule = build_schedule(LINEAR, grid="linspace", steps=8, t=("fraction", 0.9), start="exact")
+    solver = build_solver(schedule, prediction="epsilon", eta=0, order=2, clip_range=1.0)
+    rows = solver.table[torch.tensor([5, 4, 3])].float()
+    inputs = [normals(seed, torch.float32) for seed in range(5)]
+    mask = torch.arange(16).view(1, 1, 4, 4).expand(3, 1, 4, 4) % 3 > 0
+
+    def stepped(x, output, z, before, known):
+        return step(rows, x, output, z, before, (known, mask))
+
+    clean = stepped(*inputs)
+    for tensor in inputs:
+        tensor[1] = poison
+    for good, beside in zip(clean, stepped(*inputs), strict=True):
+        assert torch.equal(good[[0, 2]], beside[[0, 2]])
+
+
 # --- what has no meaning is refused ---
 
 

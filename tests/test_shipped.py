@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import zipfile
@@ -72,8 +73,15 @@ def test_an_installation_without_the_folders_says_so(monkeypatch, tmp_path):
 
 
 def test_the_recipes_people_are_told_about_are_there():
-    expected = {"demo-anonymize", "demo-augment", "cifar10-anonymize", "imagenet-augment"}
-    assert expected <= set(shipped.names("pipelines"))
+    assert shipped.names("pipelines") == [
+        "cifar10-anonymize",
+        "demo-anonymize",
+        "demo-augment",
+        "demo-spread",
+        "faces-anonymize",
+        "imagenet-augment",
+        "photo-upscale",
+    ]
     assert "demo" in shipped.names("manifests")
 
 
@@ -85,8 +93,20 @@ def test_a_shipped_recipe_parses_and_is_called_what_its_file_is(name):
     assert recipe.description
     if recipe.model.source.startswith(shipped.SCHEME):
         assert Path(shipped.resolve(recipe.model.source)).is_dir()
-    else:  # a hub model: the reader is told to pin the commit they have looked at
-        assert recipe.model.revision or "--set model.revision=" in path.read_text()
+    else:  # a hub model: the reader is told to pin the commit they have looked at, and that nobody ran it
+        said = " ".join(path.read_text().replace("#", " ").split())
+        assert recipe.model.revision or "--set model.revision=" in said
+        assert re.search("not run by this project's tests", said, re.IGNORECASE)
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "pipelines").glob("*.yaml"))])
+def test_a_shipped_recipe_says_what_it_anonymizes_by_its_name(name):
+    recipe = parse_recipe((ROOT / "pipelines" / f"{name}.yaml").read_text(), source=name)
+    assert (recipe.purpose == "anonymize") == name.endswith("-anonymize")
+    if recipe.purpose == "anonymize":
+        assert recipe.sampler.eta == 1
+        assert set(recipe.fields.fields.values()) <= {"keep"}
+        assert set(recipe.fields.fields) <= {"cls"}
 
 
 def test_the_demo_recipe_makes_at_most_20_evaluations_of_a_secretly_keyed_draw():

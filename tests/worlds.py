@@ -6,16 +6,20 @@ import io
 import json
 import tarfile
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from boomerang_batch import storage
 from boomerang_batch.config.pipeline import Recipe, parse_recipe
 from boomerang_batch.data.manifest import Manifest, load_manifest
+from boomerang_batch.data.provenance import Row, read_rows
 from boomerang_batch.run.driver import RunRequest, execute
+from boomerang_batch.run.runner import Runner
 from boomerang_batch.run.tasks import RunReport
 from tests import tiny_models
 
@@ -35,6 +39,24 @@ def png(seed: int, size: tuple[int, int] = (8, 8)) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(values).resize(size, Image.Resampling.BICUBIC).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def encoded(pixels: np.ndarray, format: str = "PNG") -> bytes:
+    """An image file of uint8 pixels (H, W) or (H, W, C)."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format)
+    return buffer.getvalue()
+
+
+def noise(seed: int, height: int, width: int, *channels: int) -> np.ndarray:
+    """uint8 pixels (height, width, *channels), each independent of the others."""
+    return np.random.default_rng(seed).integers(0, 256, (height, width, *channels), dtype=np.uint8)
+
+
+def pixels(data: bytes) -> np.ndarray:
+    """An image file's pixels as Pillow decodes them."""
+    with Image.open(io.BytesIO(data)) as image:
+        return np.asarray(image)
 
 
 def write_tar(path: Path, members: Sequence[tuple[str, bytes]]) -> None:
@@ -63,6 +85,20 @@ def save_shards(folder: Path, *, shards: int, samples: int) -> Path:
         write_tar(folder / f"s-{shard:03d}.tar", members)
     manifest = folder / "manifest.yaml"
     manifest.write_text(f"format_version: 1\nname: tiny\nshards: ['s-{{000..{shards - 1:03d}}}.tar']\n")
+    return manifest
+
+
+Fields = Mapping[str, bytes]
+
+
+def save_samples(folder: Path, *shards: Mapping[str, Fields]) -> Path:
+    """Shards s-000.tar .. of the samples given, by key; returns the manifest's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, samples in enumerate(shards):
+        members = [(f"{key}.{name}", data) for key, fields in samples.items() for name, data in fields.items()]
+        write_tar(folder / f"s-{number:03d}.tar", members)
+    manifest = folder / "manifest.yaml"
+    manifest.write_text(f"format_version: 1\nname: tiny\nshards: ['s-{{000..{len(shards) - 1:03d}}}.tar']\n")
     return manifest
 
 
@@ -103,6 +139,21 @@ def run(
     return execute(request, stop=stop or threading.Event())
 
 
+def stop_within_the_second_shard(patch: pytest.MonkeyPatch, out: Path) -> threading.Event:
+    """An event, for `run`, that is set when one shard is committed and four outputs of the next are drawn."""
+    stop, real, begun = threading.Event(), Runner.run, []
+
+    def watched(self, task, *, stopped, progress):
+        begun.append(task)
+        second = len(begun) == 2
+        while second and not list(out.glob("*_stats.json")):
+            time.sleep(0.01)  # the pool begins two tasks at once
+        return real(self, task, stopped=stopped, progress=lambda n: stop.set() if second and n == 4 else None)
+
+    patch.setattr(Runner, "run", watched)
+    return stop
+
+
 def tree(out: Path) -> Mapping[str, bytes]:
     """Every file under `out` but the logs, by relative path."""
     files = {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
@@ -117,3 +168,18 @@ def read_output(out: Path, stem: str) -> list[tuple[str, dict[str, bytes]]]:
             key, _, field = member.name.partition(".")
             samples.setdefault(key, {})[field] = tar.extractfile(member).read()
     return list(samples.items())
+
+
+def outputs(out: Path) -> dict[str, dict[str, bytes]]:
+    """Every output sample of every shard, by key, in order."""
+    return dict(sample for path in sorted(out.glob("*.tar")) for sample in read_output(out, path.stem))
+
+
+def rows(out: Path) -> list[Row]:
+    """Every provenance row of every shard, in order."""
+    return [row for path in sorted(out.glob("*.parquet")) for row in read_rows(path)]
+
+
+def image_of(fields: Mapping[str, bytes]) -> np.ndarray:
+    """The pixels of an output sample's png."""
+    return pixels(fields["png"])

@@ -21,7 +21,7 @@ def doctor(pipeline: str, device: str, threads: int | None, overrides: tuple[str
     """Load PIPELINE's model here and show its nodes, the stack, and whether batches are independent."""
     import os
 
-    from boomerang_batch.run.loading import load
+    from boomerang_batch.run.loading import load, warnings
     from boomerang_batch.run.stack import fingerprint
     from boomerang_batch.run.walks import examples
 
@@ -46,6 +46,8 @@ def doctor(pipeline: str, device: str, threads: int | None, overrides: tuple[str
     ).items():
         click.echo(f"{name:16s}{what}")
     click.echo("parity          one sample beside padding and beside others: equal to the last bit")
+    for warning in warnings(recipe, model):
+        click.echo(f"warning         {warning}")
 
 
 def _nodes(schedule: Schedule) -> Iterator[str]:

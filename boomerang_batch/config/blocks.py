@@ -73,8 +73,8 @@ class ModelSpec(Block):
     class_labels: ClassLabels | None = None
     prompts: Prompts | None = None
     autoencoder: Autoencoder = Autoencoder()
-    safety: Literal["off", "keep", "drop", "quarantine"] = Field(
-        "off", description="what becomes of outputs that the model's own safety checker flags"
+    safety: Literal["unchecked", "keep", "drop", "quarantine"] = Field(
+        "unchecked", description="what becomes of outputs that the model's own safety checker flags"
     )
 
     @model_validator(mode="after")

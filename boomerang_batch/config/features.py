@@ -31,7 +31,8 @@ KNOWN = ("the shard", "grey or colour")
 """What no field turns off: a shard's records stay together, and a grey picture stays grey."""
 
 ALWAYS = (
-    "The secret is this run's alone: runs under one secret share their noise, and what cancels hides nothing.",
+    "This is the only release: another recipe under the same secret draws noise of its own, which adds up like "
+    "a further variant.",
     "The model's weights don't depend on the record: a model that was trained on it may remember it.",
     "A bound is for each record, not for a person of whom there are several.",
     "That a record failed is told, and why, though never its pixels.",
@@ -84,7 +85,7 @@ def _before_noise(*paths: str) -> dict[str, Feature]:
 _UNITS = ("fraction", "timestep", "sigma", "snr")
 
 FEATURES: Mapping[str, Feature] = {
-    **_not_in_output("format_version", "name", "description", "run.workers", "run.max_attempts"),
+    **_not_in_output("format_version", "description", "run.workers", "run.max_attempts"),
     "purpose": Feature(
         says="anonymize alone hides names, and drops what is not listed",
         reason=_if(
@@ -149,7 +150,7 @@ FEATURES: Mapping[str, Feature] = {
             else None
         ),
     ),
-    **_fixed_before("sampler.data_variance"),
+    **_fixed_before("name", "sampler.data_variance"),
     # The model, which must not know the record.
     "model.source": Feature(
         says="is supposed not to have been trained on the record",
@@ -205,7 +206,9 @@ FEATURES: Mapping[str, Feature] = {
     ),
     "images.restore_size": Feature(
         says="gives the output its source's size, which is thereby known",
-        within=lambda recipe: ["width and height"] if recipe.images.restore_size else [],
+        within=lambda recipe: (
+            ["width and height"] if recipe.images.restore_size or recipe.images.tiles is not None else []
+        ),
     ),
     "images.sizes": Feature(
         says="an output's size tells its bucket",
@@ -223,8 +226,9 @@ FEATURES: Mapping[str, Feature] = {
         ),
     ),
     "images.tiles.overlap": Feature(
-        says="tiles of pixels share one noise field and are one observation; a latent model encodes each tile "
-        "apart, and where two overlap different latents under equal noise leave their difference bare",
+        says="tiles of pixels share one noise field and are one observation, distances being taken with the "
+        "margins that mirror small pictures; a latent model encodes each tile apart, and where two overlap "
+        "different latents under equal noise leave their difference bare",
         reason=lambda recipe, latent: (
             "tiles are encoded apart, and where they overlap the difference of their latents is without noise"
             if recipe.images.tiles is not None and latent

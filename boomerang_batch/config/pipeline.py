@@ -132,7 +132,7 @@ class Recipe(Block):
     def _region_fits(self) -> Recipe:
         if self.region is None:
             return self
-        if self.images.resize == "cover":
+        if self.images.resize == "cover" and self.images.tiles is None:
             raise ValueError(
                 "images.resize cover crops, and what lies outside the region must come back whole; "
                 "with region set images.resize to contain, stretch or pad"

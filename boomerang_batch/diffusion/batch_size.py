@@ -1,4 +1,7 @@
-"""How many samples a batch should hold, found by trying: as fast as it gets, no larger than that takes."""
+"""How many samples a batch should hold, found by trying: as fast as it gets, no larger than that takes.
+
+And batches of exactly one size, whatever comes.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,18 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from boomerang_batch.errors import ModelError
 
+_S = TypeVar("_S")
 _T = TypeVar("_T")
 
 _GAIN = 0.05
 """A batch that is no more than this share faster is not worth being twice as large."""
 
 _MEMORY_WORDS = (
+    "out of memory",  # of CUDA calls other than its allocator's, and of other devices
     "not enough memory",
     "DefaultCPUAllocator",
     "CUBLAS_STATUS_ALLOC_FAILED",
@@ -59,7 +65,24 @@ def largest_that_fits(try_size: Callable[[int], object], start: int) -> int:
     return size
 
 
-def _or_none(attempt: Callable[[int], _T], size: int) -> _T | None:
+def in_fixed_batches(function: Callable[[Tensor], Tensor], rows: Tensor, size: int) -> Tensor:
+    """An autoencoder's `function` over rows (k, ...) in batches of exactly `size`, the last padded with zeros.
+
+    Raises ModelError, with the size that fits, when memory runs out.
+    """
+    parts = []
+    for chunk in torch.split(rows, size):
+        batch = torch.cat([chunk, chunk.new_zeros((size - len(chunk), *chunk.shape[1:]))])
+        done = _or_none(function, batch)
+        if done is None:
+            fitting = largest_that_fits(lambda count: function(batch[:count]), size // 2)  # noqa: B023
+            advice = f"batch_size: {fitting} fits" if fitting else "not even 1 fits: use a smaller size"
+            raise ModelError(f"memory ran out with model.autoencoder.batch_size: {size}; {advice}")
+        parts.append(done[: len(chunk)])
+    return torch.cat(parts)
+
+
+def _or_none(attempt: Callable[[_S], _T], size: _S) -> _T | None:
     """What `attempt(size)` gives, or None when it runs out of memory.
 
     By the time this returns the error is gone, and with it the frames that would keep their tensors alive.

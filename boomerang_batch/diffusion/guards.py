@@ -8,6 +8,7 @@ batch may be is the business of `batch_size`.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
@@ -21,7 +22,8 @@ from boomerang_batch.errors import ModelError, SampleError
 OVERFLOWS = ("non-finite-output", "flat-output")
 """Reasons for which half precision may be to blame, so that float32 deserves a try."""
 
-_FLAT_STD = 1e-3
+_FLAT = 2e-3
+"""Half a grey level where pixels are 0 to 1: less contrast than this is one shade once it is rounded."""
 
 _ALONE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 """How far, of the output's RMS, a sample alone may be from the same one in a batch; see `check_batching`."""
@@ -33,9 +35,10 @@ def check_output(x_0: Tensor, source: Tensor) -> None:
     Half-precision networks overflow to NaN, which an encoder would turn into a black image; a collapsed one
     gives a single colour. Both have passed for success in other tools.
     """
-    if not bool(x_0.isfinite().all()):
+    contrast = _contrast(x_0)
+    if not math.isfinite(contrast):
         raise SampleError("non-finite-output", "the model returned NaN or infinity; try dtype float32")
-    if _contrast(x_0) < _FLAT_STD <= _contrast(source):
+    if contrast < _FLAT <= _contrast(source):
         raise SampleError("flat-output", "the model returned a single colour for an image that has several")
 
 
@@ -45,10 +48,21 @@ def check_changed(x_0: Tensor, source: Tensor) -> None:
     For outputs that took at least one evaluation: with none, the input is the right answer. Both are float
     states or images before rounding, which no noise and denoising bring back exactly.
     """
-    if _contrast(source) >= _FLAT_STD and torch.equal(x_0, source):
+    if torch.equal(x_0, source) and _contrast(source) >= _FLAT:
         raise SampleError(
             "output-equals-input", "the model gave the image back unchanged; check its weights and t"
         )
+
+
+class RepeatedOutputError(SampleError):
+    """Two draws gave the same output; `first` is the one that was there before, as good or bad as this one."""
+
+    def __init__(self, first: Hashable) -> None:
+        super().__init__(
+            "output-repeated",
+            "the model gave this sample exactly what it gave another one drawn with other noise",
+        )
+        self.first = first
 
 
 class Seen:
@@ -61,20 +75,18 @@ class Seen:
         self._draws: dict[bytes, Hashable] = {}
 
     def check(self, x_0: Tensor, *, draw: Hashable) -> None:
-        """Raise SampleError if another draw gave exactly this output (C, H, W), unless it has no contrast.
+        """Raise RepeatedOutputError if another draw gave just this output (C, H, W), unless it has no contrast.
 
         `draw` names where the noise came from: noise key and pass. Equal images under one noise key rightly
         give equal outputs, and so does a repetition. For outputs that took at least one evaluation.
         """
-        if _contrast(x_0) < _FLAT_STD:
+        if _contrast(x_0) < _FLAT:
             return
         data = x_0.detach().cpu().contiguous().view(torch.uint8).numpy()
         digest = hashlib.blake2b(data.tobytes(), digest_size=16).digest()
-        if self._draws.setdefault(digest, draw) != draw:
-            raise SampleError(
-                "output-repeated",
-                "the model gave this sample exactly what it gave another one drawn with other noise",
-            )
+        first = self._draws.setdefault(digest, draw)
+        if first != draw:
+            raise RepeatedOutputError(first)
 
 
 def synthetic_images(
@@ -212,5 +224,6 @@ def _normals(count: int, shape: Sequence[int], device: torch.device) -> Tensor:
 
 
 def _contrast(image: Tensor) -> float:
-    """The largest standard deviation over the pixels of any one channel of `image` (C, H, W)."""
-    return float(image.flatten(1).std(dim=1, correction=0).amax())
+    """The largest range of any one channel of `image` (C, H, W); NaN or infinite if any value is."""
+    low, high = image.flatten(1).aminmax(dim=1)
+    return float((high - low).amax())

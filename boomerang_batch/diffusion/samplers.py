@@ -205,15 +205,17 @@ def step(
     led = x0 if before is None else x0 + at(Column.LEAD) * (x0 - before)
     eps = (x_t - at(Column.ALPHA) * led) / at(Column.SIGMA)
     moved = at(Column.ALPHA_NEXT) * led + at(Column.DIRECTION) * eps
+    # In the end -0 becomes 0, or a zero's sign would tell whether any row of the batch adds noise.
     if z is None:
-        return moved, x0
+        return moved + 0.0, x0
     noise = at(Column.NOISE)
     if output.shape[1] == 2 * channels:
-        share = (output[:, channels:] + 1) / 2
-        log_variance = share * at(Column.LOG_LARGE) + (1 - share) * at(Column.LOG_SMALL)
+        large, small, share = at(Column.LOG_LARGE), at(Column.LOG_SMALL), (output[:, channels:] + 1) / 2
+        # Where they are equal nothing is to be learned, and what the network says, NaN maybe, is ignored.
+        log_variance = torch.where(large == small, small, share * large + (1 - share) * small)
         # In float64, where a last-bit difference between two exp kernels is gone after rounding.
         noise = noise * (0.5 * log_variance.double()).exp().to(x_t.dtype)
-    return moved + noise * z, x0
+    return moved + noise * z + 0.0, x0
 
 
 def _spread(rows: Tensor, column: Column, like: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from boomerang_batch.diffusion.slots import Draw
+from boomerang_batch.diffusion.draws import Draw
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,11 @@ class Drawn:
 
 
 class Stream:
-    """The queues of one caller. `ahead` bounds the draws that wait for a slot."""
+    """The queues of one caller. No more than `ahead` draws wait for a slot.
+
+    While 2 * ahead results are not taken yet, no further draws are. Those in slots still go to their end, so
+    there may be as many results more as they have passes to emit.
+    """
 
     def __init__(self, changed: threading.Condition, *, ahead: int) -> None:
         self._changed = changed
@@ -42,6 +46,16 @@ class Stream:
         self.cancelled = False
         self.error: BaseException | None = None
 
+    @property
+    def held_back(self) -> bool:
+        """Whether the caller is so slow that no more draws are to be taken."""
+        return len(self.results) >= 2 * self._ahead
+
+    @property
+    def late(self) -> bool:
+        """Whether the reader is so slow that draws would be taken if there were any."""
+        return not (self.exhausted or self.waiting or self.held_back)
+
     def read(self, draws: Iterable[Draw]) -> None:
         """Take everything in, as fast as slots come free. For a thread of its own."""
         error = None
@@ -49,25 +63,31 @@ class Stream:
             for draw in draws:
                 if not self._offer(draw):
                     break
+            if isinstance(draws, Generator):
+                draws.close()
         except BaseException as caught:  # it is raised again on the caller's thread
             error = caught
-        if isinstance(draws, Generator):
-            draws.close()
         with self._changed:
-            self.error = self.error or error
+            self.error = error if self.error is None else self.error
             self.exhausted = True
             self._changed.notify_all()
 
     def next_result(self) -> Drawn | None:
         """The next result, or None after the last. Raises what went wrong with the draws or the engine."""
         with self._changed:
-            self._changed.wait_for(lambda: self.error or self.results or self._over)
+            self._changed.wait_for(lambda: self.error is not None or self.results or self._over)
             if self.error is not None:
                 raise self.error
             if not self.results:
                 return None
             self._changed.notify_all()
             return self.results.popleft()
+
+    def cancel(self) -> None:
+        """Nobody wants anything of this any more."""
+        with self._changed:
+            self.cancelled = True
+            self._changed.notify_all()
 
     @property
     def _over(self) -> bool:

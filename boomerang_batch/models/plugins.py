@@ -166,8 +166,8 @@ def _check_conditions(described: DenoiserSpec, spec: ModelSpec, where: str) -> N
         null_label = spec.class_labels.null_label
         if null_label is not None and null_label >= (described.classes or 0):
             raise ModelError(f"{where}: null_label {null_label} is none of its {described.classes} labels")
-    if spec.safety != "off" and not described.safety:
-        raise ModelError(f"{where}: the model has no safety checker; set model.safety: off")
+    if spec.safety != "unchecked" and not described.safety:
+        raise ModelError(f"{where}: the model has no safety checker; set model.safety: unchecked")
 
 
 def _check_by_calling(made: Any, spec: DenoiserSpec, device: torch.device, where: str) -> None:

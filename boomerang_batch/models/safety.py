@@ -59,7 +59,7 @@ def load_safety_checker(part: Part, processor: Path, placement: Placement) -> Sa
         from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
     except ImportError as error:
         raise ModelError(
-            "model.safety needs transformers: pip install 'boomerang-batch[text]', or set it to off"
+            "model.safety needs transformers: pip install 'boomerang-batch[text]', or set it to unchecked"
         ) from error
     module = load_weights(part, StableDiffusionSafetyChecker, dtype=placement.dtype)
     # Where there are two, the one that resizes with Pillow, so that flags don't depend on what is installed.

@@ -125,12 +125,12 @@ def _other_networks(root: Path, index: Mapping[str, Any], layout: Layout, spec: 
     for encoder, _ in layout.text:
         if _is_listed(index, encoder):
             yield encoder
-    if spec.safety == "off":
+    if spec.safety == "unchecked":
         return
     if layout.safety is None or not _is_listed(index, layout.safety):
         raise ModelError(
-            f"model.safety {spec.safety}: {root} brings no safety checker; set model.safety: off, or name a "
-            "model whose model_index.json lists safety_checker"
+            f"model.safety {spec.safety}: {root} brings no safety checker; set model.safety: unchecked, or "
+            "name a model whose model_index.json lists safety_checker"
         )
     yield layout.safety
 

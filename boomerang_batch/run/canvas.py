@@ -22,6 +22,7 @@ from boomerang_batch.data.regions import Mask
 from boomerang_batch.data.tiles import Tiling
 from boomerang_batch.diffusion.denoiser import DenoiserSpec
 from boomerang_batch.diffusion.engine import Region, Window
+from boomerang_batch.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,8 @@ class Piece:
     """(C, h, w) float32 in the model's value range."""
     window: Window | None = None
     """Where a tile's noise lies in its image's."""
+    tile: int = 0
+    """Its number where the image is cut into tiles."""
     region: Region | None = None
 
 
@@ -43,6 +46,7 @@ class Canvas:
     """As it came, or enlarged."""
     placement: geometry.Placement
     pieces: tuple[Piece, ...]
+    """Those of which anything changes: none for an empty region, and no tile wholly outside the region."""
     tiling: Tiling | None = None
     mask: Mask | None = None
     """(H, W) of `source`: the region that changes; None: all of it."""
@@ -53,16 +57,27 @@ class Canvas:
         return self.tiling.tile if self.tiling else self.placement.model
 
 
+def check_fit(recipe: Recipe, model: DenoiserSpec) -> None:
+    """Raise ConfigError where the recipe asks of the model, or of itself, what can't be laid out."""
+    policy, trained = recipe.images, (model.height, model.width)
+    buckets.check_sizes(policy.sizes, multiple=model.size_multiple, trained=trained)
+    if policy.tiles is not None:
+        tiles.check_overlap(policy.tiles.overlap, trained, model.state_factor)
+    # What comes back shows all of what came, at its place and size, and can be compared with it.
+    whole = policy.tiles is not None or (policy.restore_size and policy.resize != "cover")
+    if recipe.upscale is not None and recipe.upscale.consistent and not whole:
+        raise ConfigError(
+            "upscale.consistent compares each output with the whole of its input: leave images.restore_size "
+            "true, and set images.resize to contain, stretch or pad"
+        )
+
+
 class Layout:
-    """Lays out every picture of a run. Raises ConfigError where recipe and model don't fit."""
+    """Lays out every picture of a run whose recipe and model passed `check_fit`."""
 
     def __init__(self, recipe: Recipe, model: DenoiserSpec) -> None:
         self._recipe = recipe
         self._model = model
-        trained = (model.height, model.width)
-        buckets.check_sizes(recipe.images.sizes, multiple=model.size_multiple, trained=trained)
-        if recipe.images.tiles is not None:
-            tiles.check_overlap(recipe.images.tiles.overlap, trained, model.state_factor)
 
     def lay_out(self, picture: Picture, fields: Mapping[str, bytes]) -> Canvas:
         """The canvas of one decoded picture; `fields` are its sample's. Raises SampleError."""
@@ -93,7 +108,7 @@ class Layout:
         recipe, policy = self._recipe, self._recipe.images
         if not drawn:  # an empty region
             return canvas.source
-        values = drawn[0].numpy() if canvas.tiling is None else _mosaic(canvas.tiling, drawn)
+        values = drawn[0].numpy() if canvas.tiling is None else _mosaic(canvas, canvas.tiling, drawn)
         pixels = images.to_pixels(values, self._model.value_range)
         if canvas.mask is not None and recipe.region is not None:
             restored = geometry.restore_onto(canvas.source.pixels, pixels, canvas.placement)
@@ -160,17 +175,23 @@ def _pieces(image: Tensor, region: Region | None, tiling: Tiling, *, factor: int
     for index, corner in enumerate(states.corners):
         part = None
         if region is not None:
-            part = Region(mask=_cut(region.mask, states, index), outside=_cut(region.outside, tiling, index))
+            mask = _cut(region.mask, states, index)
+            if not mask.any():
+                continue
+            part = Region(mask=mask, outside=_cut(region.outside, tiling, index))
         window = Window(corner=corner, field=states.size)
-        yield Piece(image=_cut(image, tiling, index), window=window, region=part)
+        yield Piece(image=_cut(image, tiling, index), window=window, tile=index, region=part)
 
 
 def _cut(values: Tensor, tiling: Tiling, index: int) -> Tensor:
     return torch.from_numpy(tiles.cut(values.numpy(), tiling, index))
 
 
-def _mosaic(tiling: Tiling, drawn: Sequence[Tensor]) -> NDArray[np.float32]:
-    mosaic = tiles.Mosaic(tiling, channels=len(drawn[0]))
-    for index, tile in enumerate(drawn):
-        mosaic.add(index, tile.numpy())
+def _mosaic(canvas: Canvas, tiling: Tiling, drawn: Sequence[Tensor]) -> NDArray[np.float32]:
+    """The image (C, H, W) of the canvas's tiles. Where no tile was drawn, nothing of it will show."""
+    known = {piece.tile: tile.numpy() for piece, tile in zip(canvas.pieces, drawn, strict=True)}
+    nothing = np.zeros_like(known[canvas.pieces[0].tile])
+    mosaic = tiles.Mosaic(tiling, channels=len(nothing))
+    for index in range(len(tiling)):
+        mosaic.add(index, known.get(index, nothing))
     return mosaic.image()

@@ -10,6 +10,7 @@ restarts and retries are off: they would repeat a poisoned task for ever and cou
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import secrets
@@ -73,8 +74,9 @@ class RayPool:
     def start(self, *, stop: threading.Event) -> WorkerFacts:
         """Connect, ask for every worker, and wait until the first has loaded the model.
 
-        Workers that find no GPU free wait for one, so this may take long. Raises StoppedError when `stop` is
-        set meanwhile.
+        Workers that find no GPU free wait for one, so this may take long. With `batch_size: auto`, not known
+        yet, the first worker probes alone, and the others are told. Raises StoppedError when `stop` is set
+        meanwhile.
         """
         self._connect()
         gpus = int(ray.cluster_resources().get("GPU", 0)) if self._spec.device != "cpu" else 0
@@ -83,7 +85,8 @@ class RayPool:
             _log.warning("%d workers wanted but Ray has %d GPUs; going on with %d", wanted, gpus, gpus)
             wanted = gpus
         self._options = {"num_gpus": 1 if gpus else 0, "num_cpus": 0, "scheduling_strategy": "SPREAD"}
-        for _ in range(wanted):
+        probing = self._spec.recipe.batch_size == "auto" and self._spec.batch_size is None
+        for _ in range(1 if probing else wanted):
             self._hire()
         while self._facts is None:
             if stop.is_set():
@@ -91,6 +94,10 @@ class RayPool:
             ready, _ = ray.wait([member.loading for member in self._members], timeout=_POLL_S)
             for member in [member for member in self._members if member.loading in ready]:
                 self._welcome(member)
+        if probing:
+            self._spec = dataclasses.replace(self._spec, batch_size=int(self._facts.stack["batch_size"]))
+            for _ in range(wanted - 1):
+                self._hire()
         return self._facts
 
     def run(

@@ -1,12 +1,11 @@
-"""Between the engine and the transform: pieces put together to outputs, looked at, drawn again if need be.
+"""Between the engine and the transform: pieces put together to outputs, and drawn again if need be.
 
-The engine hands out pieces in any order; an output is whole when its last piece is there. The model's safety
-checker sees whole outputs. What half precision could not do is done once more in float32, with the same noise.
+The engine hands out pieces in any order; an output is whole when its last piece is there. What half precision
+could not do is done once more in float32, with the same noise.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -15,8 +14,8 @@ from torch import Tensor
 
 from boomerang_batch.config.pipeline import Recipe
 from boomerang_batch.diffusion.engine import Draw, Drawn, Engine
-from boomerang_batch.diffusion.slots import to_device
-from boomerang_batch.run.transform import Made, PieceTag, Transform
+from boomerang_batch.run.stages import Made, PieceTag
+from boomerang_batch.run.transform import Transform
 
 
 @dataclass(kw_only=True)
@@ -62,14 +61,7 @@ class Drawing:
             parts.images[tag.index] = drawn.image
             parts.batch_size = min(parts.batch_size, drawn.batch_size)
             if len(parts.images) == len(tag.prepared.canvas.pieces):
-                yield self._looked_at(_made(drawn, unfinished.pop(place), dtype))
-
-    def _looked_at(self, made: Made) -> Made:
-        if self._recipe.model.safety == "off":
-            return made
-        denoiser = self._engine.denoiser
-        flags = [denoiser.flagged(to_device(piece[None], self._engine.device)) for piece in made.pieces]
-        return dataclasses.replace(made, flagged=any(flag for piece in flags for flag in piece))
+                yield _made(drawn, unfinished.pop(place), dtype)
 
     def _exact_engine(self) -> Engine:
         with self._making:

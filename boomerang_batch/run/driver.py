@@ -85,17 +85,22 @@ def execute(request: RunRequest, *, stop: threading.Event) -> RunReport:
     there = read_record(out)
     if there is None:
         _split(request, tasks)  # refuses what another run left, before anything is written
+    stack = there.stack if there else {}
     spec = RunSpec(
         recipe=recipe,
         # Workers may run in another folder.
         out=storage.absolute(out),
         private_dir=request.private_dir and storage.absolute(request.private_dir),
         device=request.device,
-        threads=request.threads or (int(there.stack["threads"]) if there else os.cpu_count() or 1),
+        threads=request.threads or int(stack.get("threads", os.cpu_count() or 1)),
+        # What was probed once is frozen; another time or machine would come to something else.
+        batch_size=int(stack["batch_size"]) if "batch_size" in stack else None,
     )
     pool = _pool(spec, request)
     try:
         facts = pool.start(stop=stop)
+        for warning in facts.warnings:
+            _log.warning("%s", warning)
         record = _record(request, naming, tasks, facts)
         for home in _homes(request):
             open_record(

@@ -1,18 +1,25 @@
-"""From a recipe to an engine and the walks it takes: the model on its device, tried out before it costs."""
+"""From a recipe to an engine and the walks it takes: the model on its device, tried out before it costs.
+
+The trial takes the planned batch, so memory that is too small for it shows before the first sample.
+"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from boomerang_batch.config.pipeline import Recipe
-from boomerang_batch.diffusion.batch_size import find_batch_size
-from boomerang_batch.diffusion.denoiser import Condition, Denoiser
+from boomerang_batch.diffusion.batch_size import find_batch_size, is_out_of_memory, largest_that_fits
+from boomerang_batch.diffusion.denoiser import Condition, Denoiser, DenoiserSpec
 from boomerang_batch.diffusion.engine import Engine
 from boomerang_batch.diffusion.guards import check_batching, synthetic_images
+from boomerang_batch.errors import ModelError
 from boomerang_batch.models import load_denoiser
 from boomerang_batch.models.device import DTYPES, choose_device
+from boomerang_batch.run.canvas import check_fit
 from boomerang_batch.run.walks import Walks
 
 _LARGEST_AUTO = 512
@@ -23,19 +30,21 @@ def load(recipe: Recipe, *, device: str, threads: int, batch_size: int | None = 
     """Load the recipe's model and build its engine. Raises ModelError or ConfigError.
 
     `batch_size` is what `batch_size: auto` came to in this run, if it is known. The model is tried out on
-    synthetic samples: one whose output depends on what shares its batch is refused.
+    synthetic samples of each size it is to draw: one whose output depends on what shares its batch is refused.
     """
     denoiser = load_denoiser(recipe.model, device=device, threads=threads)
     chosen = choose_device(device, dtype=recipe.model.dtype)
+    check_fit(recipe, denoiser.spec)
     walks = Walks(recipe, denoiser.spec)
     torch.set_num_threads(threads)  # for the trials below, which run in this thread
     size = recipe.batch_size if recipe.batch_size != "auto" else batch_size
+    samples = [
+        synthetic_images(denoiser.spec, _PROBES, size=image, device=chosen)
+        for image in _image_sizes(recipe, denoiser.spec)
+    ]
     if size is None:
-        size = find_batch_size(lambda count: _throughput(denoiser, count, chosen), _LARGEST_AUTO)
-    images = synthetic_images(denoiser.spec, _PROBES, device=chosen)
-    check_batching(
-        denoiser, images, _conditions(denoiser), _taus(denoiser), size, dtype=DTYPES[recipe.model.dtype]
-    )
+        size = find_batch_size(lambda count: _throughput(denoiser, samples[0], count), _LARGEST_AUTO)
+    _try_out(denoiser, samples, size, recipe)
     engine = Engine(
         denoiser,
         batch_size=size,
@@ -46,6 +55,52 @@ def load(recipe: Recipe, *, device: str, threads: int, batch_size: int | None = 
         elastic=recipe.batching == "elastic",
     )
     return engine, walks
+
+
+def warnings(recipe: Recipe, model: DenoiserSpec) -> tuple[str, ...]:
+    """What is allowed, but rarely what the user wants, of this recipe on this model; a sentence each."""
+    if recipe.upscale is not None and model.latent:
+        return (
+            "upscale with a latent model: the Boomerang paper (arXiv 2210.12100) saw super-resolution fail "
+            "with one, for its autoencoder keeps no fine detail; take a pixel model",
+        )
+    return ()
+
+
+def _image_sizes(recipe: Recipe, model: DenoiserSpec) -> list[tuple[int, int]]:
+    """(height, width) of all that the model will be shown, the largest first."""
+    own = (model.height, model.width)
+    sizes = [(height, width) for width, height in recipe.images.sizes] or [own]
+    return sorted(sizes, key=lambda size: size[0] * size[1], reverse=True)
+
+
+def _try_out(denoiser: Denoiser, samples: Sequence[Tensor], size: int, recipe: Recipe) -> None:
+    """`check_batching` for every size of image. Raises ModelError also where memory runs out."""
+
+    def check(count: int) -> None:
+        for images in samples:
+            check_batching(
+                denoiser,
+                images,
+                _conditions(denoiser),
+                _taus(denoiser),
+                count,
+                dtype=DTYPES[recipe.model.dtype],
+            )
+
+    try:
+        check(size)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+    else:
+        return
+    # Out of the except clause, whose traceback would keep the failed call's tensors alive.
+    if recipe.batching == "elastic" and size > 1 and largest_that_fits(check, size // 2) == size // 2:
+        return  # the engine will meet the same shortage, and halve its batch
+    fitting = largest_that_fits(check, size // 2)
+    advice = f"set batch_size: {fitting}" if fitting else "not even 1 fits: use a smaller size or dtype"
+    raise ModelError(f"memory runs out with batch_size: {size}; {advice}")
 
 
 def _conditions(denoiser: Denoiser) -> list[Condition]:
@@ -61,10 +116,10 @@ def _taus(denoiser: Denoiser) -> list[float]:
     return [float(taus[(2 * index + 1) * len(taus) // (2 * _PROBES)]) for index in range(_PROBES)]
 
 
-def _throughput(denoiser: Denoiser, count: int, device: torch.device) -> float:
-    """Samples per second in batches of `count`, the better of two after one to warm up."""
+def _throughput(denoiser: Denoiser, images: Tensor, count: int) -> float:
+    """Samples like `images` per second in batches of `count`, the better of two after one to warm up."""
     with torch.inference_mode():
-        states = denoiser.encode(synthetic_images(denoiser.spec, 1, device=device)).expand(count, -1, -1, -1)
+        states = denoiser.encode(images[:1]).expand(count, -1, -1, -1)
         tau = torch.full((count,), _taus(denoiser)[0], dtype=torch.float64)
         conditions = _conditions(denoiser)[:1] * count
         seconds = []

@@ -8,9 +8,9 @@ import hashlib
 from boomerang_batch.config.pipeline import Recipe, Sampler
 from boomerang_batch.data import images
 from boomerang_batch.data.provenance import Row, Status, pixel_digest
+from boomerang_batch.diffusion.engine import Walk
 from boomerang_batch.run.ledger import Source
 from boomerang_batch.run.naming import ORIGINAL, Naming
-from boomerang_batch.run.walks import Resolved
 
 
 class Rows:
@@ -39,19 +39,27 @@ class Rows:
         """The template of a kept original."""
         return self._any
 
+    def untouched(self, *, passes: int, flagged: bool | None) -> Row:
+        """The template of an output that shows its source, for there was nothing to draw."""
+        return dataclasses.replace(self._drawn, passes=passes, evaluations=0, flagged=flagged)
+
     def drawn(
-        self, walk: Resolved | None, *, passes: int, batch_size: int, dtype: str, flagged: bool | None
+        self, walk: Walk, *, t: str | None, passes: int, batch_size: int, dtype: str, flagged: bool | None
     ) -> Row:
-        """The template of an output. `walk` is None where OUT may not tell how far it went."""
+        """The template of an output. `t` in words, None where OUT may not tell how far it went."""
         row = dataclasses.replace(
-            self._drawn, passes=passes, batch_size=batch_size, dtype=dtype, flagged=flagged
+            self._drawn,
+            passes=passes,
+            batch_size=batch_size if walk.n else None,  # with no evaluation there was no batch
+            dtype=dtype,
+            flagged=flagged,
         )
-        if walk is None:
+        if t is None:
             return row
-        schedule = walk.walk.schedule
+        schedule = walk.schedule
         return dataclasses.replace(
             row,
-            t=walk.t,
+            t=t,
             node=schedule.n,
             tau=float(schedule.tau[-1]),
             sigma=schedule.relative_sigma,

@@ -18,21 +18,24 @@ from pathlib import Path
 import torch
 
 from boomerang_batch import storage
+from boomerang_batch.data.images import Pixels, to_model_values
 from boomerang_batch.data.provenance import Marker, write_rows
 from boomerang_batch.data.shards import Sample, Unreadable, read_samples, write_shard
-from boomerang_batch.diffusion.engine import Draw
+from boomerang_batch.diffusion.engine import Draw, Engine
 from boomerang_batch.diffusion.guards import OVERFLOWS, Seen
+from boomerang_batch.diffusion.transfer import to_device
 from boomerang_batch.errors import SampleError, ShardError, StoppedError, StorageError
 from boomerang_batch.run.commit import commit, digest_file, read_marker
 from boomerang_batch.run.drawing import Drawing
 from boomerang_batch.run.ledger import Ledger
 from boomerang_batch.run.links import write_links
-from boomerang_batch.run.loading import load
+from boomerang_batch.run.loading import load, warnings
 from boomerang_batch.run.naming import Naming
 from boomerang_batch.run.private import load_secret
 from boomerang_batch.run.stack import fingerprint, short_versions
+from boomerang_batch.run.stages import Made, Output
 from boomerang_batch.run.tasks import RunSpec, ShardReport, Task, WorkerFacts
-from boomerang_batch.run.transform import Made, Output, Transform
+from boomerang_batch.run.transform import Transform
 
 _log = logging.getLogger(__name__)
 
@@ -54,9 +57,10 @@ class Runner:
             batch_size=engine.batch_size,
             threads=spec.threads,
         )
-        self._transform = Transform(recipe, model, walks, naming, short_versions(stack))
+        flags = None if recipe.model.safety == "unchecked" else functools.partial(_flagged, engine)
+        self._transform = Transform(recipe, model, walks, naming, short_versions(stack), flags=flags)
         self._drawing = Drawing(engine, recipe, self._transform)
-        self.facts = WorkerFacts(model_digest=model.digest, stack=stack)
+        self.facts = WorkerFacts(model_digest=model.digest, stack=stack, warnings=warnings(recipe, model))
 
     def run(self, task: Task, *, stopped: Callable[[], bool], progress: Callable[[int], None]) -> ShardReport:
         """Do one task, unless its marker says that it is done.
@@ -139,12 +143,13 @@ class Runner:
                 yield draw
 
     def _finish(self, ledger: Ledger, seen: Seen, made: Made) -> None:
-        """One output into the ledger, or the row that says why there is none."""
+        """One output into the ledger, or the row that says why there is none; perhaps an earlier one's too."""
         try:
             with _sample_boundary():
                 output = self._checked(made, seen)
         except SampleError as error:
-            ledger.refuse(*self._transform.failed_output(made, error))
+            for source, row in self._transform.failed_output(made, error):
+                ledger.refuse(source, row)
         else:
             ledger.add(made.prepared.source, output.row, output.member_key, output.fields)
 
@@ -178,6 +183,12 @@ class Runner:
         )
         commit(self._spec.out, marker, tar=tar, provenance=provenance)
         return counts
+
+
+def _flagged(engine: Engine, pixels: Pixels) -> bool:
+    """Whether the model's safety checker objects to an output (H, W, 3)."""
+    values = torch.from_numpy(to_model_values(pixels, engine.denoiser.spec.value_range))
+    return any(engine.denoiser.flagged(to_device(values[None], engine.device)))
 
 
 def _read(url: str, *, name: str) -> Iterator[Sample | Unreadable]:

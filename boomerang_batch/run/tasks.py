@@ -41,6 +41,8 @@ class WorkerFacts:
 
     model_digest: str
     stack: Mapping[str, str]
+    warnings: tuple[str, ...] = ()
+    """What the user should hear about recipe and model together, a sentence each."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,94 +6,52 @@ No I/O and no model here; a sample that can't be processed raises SampleError an
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-
-from torch import Tensor
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
 from boomerang_batch.config.pipeline import Recipe
 from boomerang_batch.data import fields, images
 from boomerang_batch.data.formats import output_field
-from boomerang_batch.data.provenance import Row
+from boomerang_batch.data.provenance import Row, Status
 from boomerang_batch.data.shards import Sample, Unreadable, check_name
 from boomerang_batch.diffusion.denoiser import Condition, DenoiserSpec
 from boomerang_batch.diffusion.engine import Draw
-from boomerang_batch.diffusion.guards import Seen, check_changed, check_output
+from boomerang_batch.diffusion.guards import RepeatedOutputError, Seen, check_changed, check_output
 from boomerang_batch.errors import SampleError
-from boomerang_batch.run.canvas import Canvas, Layout
+from boomerang_batch.run.canvas import Layout
 from boomerang_batch.run.ledger import Source
 from boomerang_batch.run.naming import ORIGINAL, Naming, member_key, refuse_reserved_key
 from boomerang_batch.run.rows import Rows
-from boomerang_batch.run.walks import Resolved, Walks
+from boomerang_batch.run.stages import Made, Output, PieceTag, Place, Prepared
+from boomerang_batch.run.walks import Walks
 
 FLAGGED = "flagged"
 FLAG_FIELD = "flagged.cls"
 """Field that tells, as 0 or 1, what the safety checker said of an output that is kept whatever it said."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """A sample decoded and laid out, with all that finishing its variants needs."""
-
-    source: Source
-    shard: str
-    image_field: str
-    image: bytes
-    picture: images.Picture
-    canvas: Canvas
-    walks: tuple[Resolved, ...]
-    """One per variant."""
-    noise_keys: tuple[bytes, ...]
-    condition: Condition
-    shows: frozenset[str]
-    """Fields whose values rows may tell: all, but under anonymize only those that travel as they are."""
-    travelling: Mapping[str, bytes]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PieceTag:
-    """What a draw is for: the piece of which variant of which sample."""
-
-    prepared: Prepared
-    variant: int
-    index: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Made:
-    """All that was drawn for one output."""
-
-    prepared: Prepared
-    variant: int
-    pass_number: int
-    pieces: Sequence[Tensor]
-    """(C, h, w) float32 for each of the canvas's pieces, in order."""
-    batch_size: int
-    dtype: str
-    flagged: bool | None = None
-    """What the model's safety checker says, where it was asked."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Output:
-    """One finished output: its row, its name in the tar, its fields."""
-
-    row: Row
-    member_key: str
-    fields: Mapping[str, bytes]
-
-
 class Transform:
-    """What one run does to any sample: the recipe, the model's needs and the run's names, applied."""
+    """What one run does to any sample: the recipe, the model's needs and the run's names, applied.
+
+    `flags` asks the model's safety checker about an output's pixels; None: nobody asks.
+    """
 
     def __init__(
-        self, recipe: Recipe, model: DenoiserSpec, walks: Walks, naming: Naming, versions: str
+        self,
+        recipe: Recipe,
+        model: DenoiserSpec,
+        walks: Walks,
+        naming: Naming,
+        versions: str,
+        *,
+        flags: Callable[[images.Pixels], bool] | None = None,
     ) -> None:
         self._recipe = recipe
         self._model = model
         self._layout = Layout(recipe, model)
         self._walks = walks
         self._naming = naming
+        self._flags = flags
         self._rows = Rows(recipe, naming, model_digest=model.digest, versions=versions)
 
     def prepare(self, sample: Sample, *, shard: str) -> Prepared:
@@ -141,7 +99,7 @@ class Transform:
                     variant=variant,
                     pass_number=pass_number,
                     pieces=(),
-                    batch_size=self._recipe.model.autoencoder.batch_size,
+                    batch_size=0,
                     dtype=self._recipe.model.dtype,
                 )
 
@@ -171,24 +129,38 @@ class Transform:
     def finish(self, made: Made, *, seen: Seen) -> Output:
         """Check, restore and encode what was drawn; `seen` are the task's other outputs. Raises SampleError."""
         prepared, recipe = made.prepared, self._recipe
+        number = self._number(made.variant, made.pass_number)
         for index, (piece, x_0) in enumerate(zip(prepared.canvas.pieces, made.pieces, strict=True)):
             check_output(x_0, piece.image)
             if prepared.walks[made.variant].walk.n:
                 check_changed(x_0, piece.image)
-                seen.check(x_0, draw=(prepared.noise_keys[made.variant], made.pass_number, index))
-        if made.flagged and recipe.model.safety != "keep":
-            raise SampleError(FLAGGED, "the model's safety checker objects to the output")
+                place = Place(
+                    noise_key=prepared.noise_keys[made.variant],
+                    pass_number=made.pass_number,
+                    index=index,
+                    source=prepared.source,
+                    shard=prepared.shard,
+                    number=number,
+                )
+                seen.check(x_0, draw=place)
         drawn = self._layout.take_back(prepared.canvas, made.pieces, prepared.picture)
+        flagged = None if self._flags is None else self._flags(drawn.pixels)
+        if flagged and recipe.model.safety != "keep":
+            raise SampleError(FLAGGED, "the model's safety checker objects to the output")
         data, format = images.encode(drawn, policy=recipe.images)
         resolved = prepared.walks[made.variant]
-        template = self._rows.drawn(
-            resolved if resolved.field is None or resolved.field in prepared.shows else None,
-            passes=made.pass_number,
-            batch_size=made.batch_size,
-            dtype=made.dtype,
-            flagged=made.flagged,
-        )
-        number = self._number(made.variant, made.pass_number)
+        if made.pieces:
+            shown = resolved.field is None or resolved.field in prepared.shows
+            template = self._rows.drawn(
+                resolved.walk,
+                t=resolved.t if shown else None,
+                passes=made.pass_number,
+                batch_size=made.batch_size,
+                dtype=made.dtype,
+                flagged=flagged,
+            )
+        else:
+            template = self._rows.untouched(passes=made.pass_number, flagged=flagged)
         return self._output(prepared, number, output_field(prepared.image_field, format), data, template)
 
     def original(self, prepared: Prepared) -> Output:
@@ -203,19 +175,21 @@ class Transform:
             for number in range(self._recipe.outputs)
         ]
 
-    def failed_output(self, made: Made, error: SampleError) -> tuple[Source, Row]:
-        """The row of an output that was drawn but can't be used, or is not wanted."""
+    def failed_output(self, made: Made, error: SampleError) -> Iterator[tuple[Source, Row]]:
+        """The row of an output that was drawn but can't be used, or is not wanted.
+
+        Of two equal outputs both go, so that it doesn't matter which one came first.
+        """
         prepared, number = made.prepared, self._number(made.variant, made.pass_number)
+        yield self._refused(prepared.source, error, shard=prepared.shard, number=number)
+        if isinstance(error, RepeatedOutputError) and isinstance(first := error.first, Place):
+            yield self._refused(first.source, error, shard=first.shard, number=first.number)
+
+    def _refused(self, source: Source, error: SampleError, *, shard: str, number: int) -> tuple[Source, Row]:
         unwanted = error.reason == FLAGGED and self._recipe.model.safety == "drop"
-        source = Source(key=prepared.source.key, offset=prepared.source.offset, detail=error.detail)
-        row = self._rows.bad(
-            "dropped" if unwanted else "failed",
-            source,
-            shard=prepared.shard,
-            number=number,
-            reason=error.reason,
-        )
-        return source, row
+        source = replace(source, detail=error.detail)
+        status: Status = "dropped" if unwanted else "failed"
+        return source, self._rows.bad(status, source, shard=shard, number=number, reason=error.reason)
 
     def unreadable(self, item: Unreadable, *, shard: str) -> tuple[Source, Row]:
         """The row of bytes that could not be read as a sample."""
@@ -232,10 +206,10 @@ class Transform:
         labels, prompts = self._recipe.model.class_labels, self._recipe.model.prompts
         if self._model.conditioning == "prompt":
             field = None if prompts is None else prompts.field
-            return None if field is None else fields.read_text(sample, field)
+            return None if field is None else fields.read_text(sample, field.lower())
         if labels is None:
             return None
-        label = fields.read_label(sample, labels.field)
+        label = fields.read_label(sample, labels.field.lower())  # as the reader gives fields
         count = self._model.classes or 0
         if not 0 <= label < count or label == labels.null_label:
             detail = f"field {labels.field} holds {label}, which is no class of this model ({count} embeddings)"
@@ -244,7 +218,7 @@ class Transform:
 
     def _output(self, prepared: Prepared, number: int, field: str, data: bytes, template: Row) -> Output:
         labels = self._recipe.model.class_labels
-        told = labels is not None and labels.field in prepared.shows
+        told = labels is not None and labels.field.lower() in prepared.shows
         row = self._rows.filled(
             template,
             shard=prepared.shard,
@@ -258,6 +232,9 @@ class Transform:
         key = member_key(self._recipe, row.key or "", number)
         contents = fields.with_image(field, data, prepared.travelling)
         if row.flagged is not None:
+            if FLAG_FIELD in contents:
+                detail = f"the checker's verdict would replace the travelling field {FLAG_FIELD}; drop it"
+                raise SampleError("field-collision", detail)
             contents[FLAG_FIELD] = str(int(row.flagged)).encode()
         for name in contents:
             check_name(key, name)

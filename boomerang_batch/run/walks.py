@@ -6,6 +6,7 @@ A drawn t is a function of the variant's noise key alone, like every other draw.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -49,8 +50,10 @@ class Walks:
         """
         levels = self._recipe.levels
         unit, value = levels[variant if len(levels) > 1 else 0].unit
+        field = None
         if isinstance(value, FromField):
-            number = _read(fields, value.field, unit)
+            field = value.field.lower()  # as the reader gives fields
+            number = _read(fields, field, unit)
         elif isinstance(value, Spread):
             number = _drawn(value, unit, noise_key)
         else:
@@ -58,12 +61,11 @@ class Walks:
         try:
             walk = self._walk(unit, number, size)
         except ConfigError as error:
-            raise SampleError("bad-t", str(error)) from error
+            told = str(error) if field is None else f"field {field}: {error}"
+            raise SampleError("bad-t", told) from error
         if walk.n == 0 and self._recipe.purpose == "anonymize":
             raise SampleError("bad-t", f"t {unit}={number:g} gives back the input: nothing would be anonymized")
-        return Resolved(
-            t=f"{unit}={number!r}", walk=walk, field=value.field if isinstance(value, FromField) else None
-        )
+        return Resolved(t=f"{unit}={number!r}", walk=walk, field=field)
 
     def at(self, unit: str, value: float) -> Walk:
         """The walk of a given t at the model's own size. Raises ConfigError."""
@@ -79,6 +81,18 @@ class Walks:
                         f"t {unit}={number:g} comes to 0 evaluations, which gives back the input: "
                         "nothing would be anonymized"
                     )
+            if isinstance(value, Spread):
+                self._check_beginning(unit, value)
+
+    def _check_beginning(self, unit: str, spread: Spread) -> None:
+        """0 is the identity, but just above it may be less than the chain's least noise."""
+        low, high = spread.uniform
+        if unit == "timestep":
+            return
+        try:
+            self.at(unit, math.nextafter(low, high))
+        except ConfigError as error:
+            raise ConfigError(f"t.{unit}.uniform begins at {low:g}, just above which {error}") from error
 
     def _build(self, unit: str, value: float, size: tuple[int, int]) -> Walk:
         recipe, model = self._recipe, self._model
@@ -93,6 +107,8 @@ class Walks:
         sampler = recipe.sampler
         if sampler.variance == "learned" and not model.learned_variance:
             raise ConfigError("sampler.variance learned: this model has learned none; take fixed_small")
+        if sampler.clip and model.latent:
+            raise ConfigError("sampler.clip bounds pixels, and this model's states are latents: remove it")
         clip_range = model.clip_range
         if sampler.clip is not None:
             clip_range = (model.clip_range or max(model.value_range)) if sampler.clip else None
@@ -127,7 +143,7 @@ def _drawn(spread: Spread, unit: str, noise_key: bytes) -> float:
     low, high = spread.uniform
     share = uniform(noise_key, purpose=Purpose.T_DRAW)
     if unit == "timestep":
-        return low + int(share * (high - low + 1))
+        return int(low) + int(share * (high - low + 1))
     return low + share * (high - low)
 
 
@@ -137,9 +153,15 @@ def _read(fields: Mapping[str, bytes], field: str, unit: str) -> float:
         raise SampleError("missing-t", f"there is no field {field} to read t from, only {', '.join(fields)}")
     shown = data[:20].decode("utf-8", "backslashreplace")
     try:
-        return _whole(unit, float(data.decode("ascii")))
+        return _whole(unit, _finite(float(data.decode("ascii"))))
     except (ValueError, ConfigError) as error:
         raise SampleError("bad-t", f"field {field} holds {shown!r}, not a {unit} for t") from error
+
+
+def _finite(number: float) -> float:
+    if not math.isfinite(number):
+        raise ValueError("no number that t could be")
+    return number
 
 
 def _whole(unit: str, value: float) -> float:

@@ -1,0 +1,75 @@
+"""What is drawn: one sample's way out and back, what of it may change, and what becomes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from boomerang_batch.diffusion.denoiser import Condition
+from boomerang_batch.diffusion.samplers import Solver
+from boomerang_batch.diffusion.schedule import Schedule
+
+
+class Walk:
+    """One t on one chain, resolved: the nodes to walk and the coefficients of every step."""
+
+    def __init__(self, schedule: Schedule, solver: Solver) -> None:
+        self.schedule = schedule
+        self.solver = solver
+        self.n = schedule.n
+        # Plain lists: the loop picks a row for every slot in every iteration.
+        self.rows: list[list[float]] = solver.table.tolist()
+        self.tau: list[float] = schedule.tau.tolist()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Region:
+    """The part of a draw that may change."""
+
+    mask: Tensor
+    """(1, h, w) bool on the state's grid; True where it changes."""
+    outside: Tensor
+    """(C, H, W) float32, the image whose state stands outside the mask. A latent model's must not show the
+    inside: an autoencoder mixes what is near."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """Where a tile's noise lies in the one noise field of its image, on the state's grid."""
+
+    corner: tuple[int, int]
+    """(top, left)"""
+    field: tuple[int, int]
+    """(height, width)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """One variant of one sample, or a tile of it. `tag` is the caller's and comes back untouched."""
+
+    tag: Any
+    image: Tensor
+    """(C, H, W) float32 in the denoiser's value range."""
+    noise_key: bytes
+    walk: Walk
+    condition: Condition = None
+    passes: int = 1
+    emit_all: bool = False
+    """Whether every pass of a cascade comes out, or the last alone."""
+    region: Region | None = None
+    window: Window | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """A draw, or one pass of it, at the end of its walk."""
+
+    draw: Draw
+    pass_number: int
+    """1 for the first pass."""
+    x_0: Tensor
+    """The state, (c, h, w) float32 on the device."""
+    batch_size: int
+    """The smallest batch shape that any of its steps was computed in; the autoencoder's for t = 0."""

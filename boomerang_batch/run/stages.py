@@ -1,0 +1,78 @@
+"""What a sample is on its way through the runner: prepared, in pieces, made, and an output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from boomerang_batch.data.images import Picture
+from boomerang_batch.data.provenance import Row
+from boomerang_batch.diffusion.denoiser import Condition
+from boomerang_batch.run.canvas import Canvas
+from boomerang_batch.run.ledger import Source
+from boomerang_batch.run.walks import Resolved
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A sample decoded and laid out, with all that finishing its variants needs."""
+
+    source: Source
+    shard: str
+    image_field: str
+    image: bytes
+    picture: Picture
+    canvas: Canvas
+    walks: tuple[Resolved, ...]
+    """One per variant."""
+    noise_keys: tuple[bytes, ...]
+    condition: Condition
+    shows: frozenset[str]
+    """Fields whose values rows may tell: all, but under anonymize only those that travel as they are."""
+    travelling: Mapping[str, bytes]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PieceTag:
+    """What a draw is for: the piece of which variant of which sample."""
+
+    prepared: Prepared
+    variant: int
+    index: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """All that was drawn for one output."""
+
+    prepared: Prepared
+    variant: int
+    pass_number: int
+    pieces: Sequence[Tensor]
+    """(C, h, w) float32 for each of the canvas's pieces, in order."""
+    batch_size: int
+    """The smallest batch shape that any of its steps was computed in; meaningless without an evaluation."""
+    dtype: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A piece of an output, by where its noise came from; with what refusing that output takes."""
+
+    noise_key: bytes
+    pass_number: int
+    index: int
+    source: Source = field(compare=False)
+    shard: str = field(compare=False)
+    number: int = field(compare=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """One finished output: its row, its name in the tar, its fields."""
+
+    row: Row
+    member_key: str
+    fields: Mapping[str, bytes]
