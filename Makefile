@@ -25,7 +25,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt uv
 	@UV_FIND_LINKS="$(PIP_FIND_LINKS)" $(BIN)/uv pip install --quiet --python $(BIN)/python \
-		-c constraints.txt --build-constraints constraints.txt -e '.[dev]'
+		-c constraints.txt --build-constraints constraints.txt -e '.[dev,text]'
 	@touch $@
 
 demo: $(INSTALLED)  ## Make an anonymized twin of a small real dataset, with the shipped model
