@@ -18,9 +18,7 @@ from __future__ import annotations
 
 import argparse
 import io
-import itertools
 import json
-import math
 import sys
 import tarfile
 import tempfile
@@ -31,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import report
+from picture_scores import Pixels, scores
 from PIL import Image, ImageDraw, ImageFont
 
 from boomerang_batch.config.pipeline import parse_recipe
@@ -45,11 +44,6 @@ PASSES = 3
 OVERLAP = 16
 CC0 = ("chelsea", "coffee", "rocket")
 SHOWN = 128
-LUMA = np.array([0.299, 0.587, 0.114])
-WINDOW, WINDOW_SIGMA = 11, 1.5
-BANDS = 12
-Pixels = np.ndarray
-"""(H, W, 3) uint8."""
 
 
 def test_photographs(folder: Path) -> dict[str, Pixels]:
@@ -99,8 +93,8 @@ def enlarge(
     args: argparse.Namespace, small: Mapping[str, Pixels], factor: int, *, consistent: bool
 ) -> dict[tuple[float, int], dict[str, Pixels]]:
     """What the tool makes of the reduced photographs: by (fraction, pass), by name."""
-    with tempfile.TemporaryDirectory(prefix="super-resolution-") as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory(prefix="super-resolution-") as scratch:
+        folder = Path(scratch)
         with tarfile.open(folder / "small.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
             for key, pixels in small.items():
                 buffer = io.BytesIO()
@@ -125,7 +119,11 @@ def enlarge(
         with tarfile.open(folder / "out" / "small.tar") as tar:
             for member in (member for member in tar if member.name.endswith(".png")):
                 # Outputs are numbered variant by variant, and within one pass by pass.
-                key, _, number = member.name.removesuffix(".png").rpartition("-v")
+                name = member.name.removesuffix(".png")
+                # A lone output keeps its source's key.
+                key, _, number = (
+                    name.rpartition("-v") if len(args.fractions) * args.passes > 1 else (name, "", "0")
+                )
                 variant, pass_index = divmod(int(number), args.passes)
                 image = Image.open(io.BytesIO(tar.extractfile(member).read()))
                 made = found.setdefault((args.fractions[variant], pass_index + 1), {})
@@ -133,59 +131,6 @@ def enlarge(
     if any(made.keys() != small.keys() for made in found.values()):
         raise SystemExit("the run's outputs are not those of the photographs")
     return found
-
-
-def psnr(made: Pixels, truth: Pixels) -> float:
-    """Peak signal to noise ratio over all channels, dB."""
-    return -10 * math.log10(float(np.square((made.astype(np.float64) - truth) / 255).mean()))
-
-
-def _blur(plane: np.ndarray) -> np.ndarray:
-    """A Gaussian window over every place where it fits."""
-    offsets = np.arange(WINDOW) - WINDOW // 2
-    kernel = np.exp(-np.square(offsets) / (2 * WINDOW_SIGMA**2))
-    kernel /= kernel.sum()
-    down = np.lib.stride_tricks.sliding_window_view(plane, WINDOW, axis=0) @ kernel
-    return np.lib.stride_tricks.sliding_window_view(down, WINDOW, axis=1) @ kernel
-
-
-def ssim(made: Pixels, truth: Pixels) -> float:
-    """Structural similarity of the luma (Wang et al. 2004): Gaussian window of 11, sigma 1.5."""
-    x, y = made @ LUMA, truth @ LUMA
-    mean_x, mean_y = _blur(x), _blur(y)
-    variance_x, variance_y = _blur(x * x) - mean_x**2, _blur(y * y) - mean_y**2
-    covariance = _blur(x * y) - mean_x * mean_y
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    closeness = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
-    return float((closeness / ((mean_x**2 + mean_y**2 + c1) * (variance_x + variance_y + c2))).mean())
-
-
-def high_spectrum(pixels: Pixels, factor: int) -> np.ndarray:
-    """Power of the luma by radial frequency, above the Nyquist of an image reduced by `factor`; Hann window."""
-    luma = pixels @ LUMA
-    window = np.hanning(SIDE)
-    power = np.abs(np.fft.fft2((luma - luma.mean()) * np.outer(window, window))) ** 2
-    across = np.fft.fftfreq(SIDE)
-    radius = np.hypot(across[:, None], across[None, :])
-    edges = np.linspace(0.5 / factor, 0.5, BANDS + 1)
-    return np.array([power[(radius > low) & (radius <= high)].sum() for low, high in itertools.pairwise(edges)])
-
-
-def scores(
-    made: Mapping[str, Pixels], truth: Mapping[str, Pixels], small: Mapping[str, Pixels], factor: int
-) -> dict[str, float]:
-    """Means over the photographs; of the energies' ratios the geometric one."""
-    spectra = [(high_spectrum(made[key], factor), high_spectrum(truth[key], factor)) for key in truth]
-    ratios = [math.log(mine.sum() / right.sum()) for mine, right in spectra]
-    decibels = [10 * np.log10((mine + 1e-9) / (right + 1e-9)) for mine, right in spectra]
-    off = [np.abs(reduced(made[key], factor) - small[key]).mean() for key in truth]
-    return {
-        "psnr_db": round(float(np.mean([psnr(made[key], truth[key]) for key in truth])), 3),
-        "ssim": round(float(np.mean([ssim(made[key], truth[key]) for key in truth])), 4),
-        "high_frequency_energy": round(math.exp(float(np.mean(ratios))), 4),
-        "spectrum_error_db": round(float(np.mean([np.sqrt(np.square(line).mean()) for line in decibels])), 2),
-        "off_the_input": round(float(np.mean(off)), 3),
-    }
 
 
 def picture(rows: Sequence[Sequence[tuple[str, Pixels]]]) -> Image.Image:

@@ -162,6 +162,8 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
 
 def fits_ustar(name: str) -> bool:
     """Whether USTAR can hold `name`: 100 bytes of UTF-8, or up to 255 where a slash cuts it well."""
+    if name.isascii() and len(name) <= tarfile.LENGTH_NAME:
+        return True  # nearly all names; the rest is tarfile's to say
     try:
         _fixed_info(name, 0).tobuf(tarfile.USTAR_FORMAT, "utf-8", "strict")
     except ValueError:
