@@ -185,6 +185,45 @@ def test_a_caller_who_leaves_frees_the_slots_and_the_reader(make):
     assert threading.active_count() <= before + 1  # the engine's own
 
 
+def test_draws_that_were_in_slots_when_their_caller_left_go_no_further(make):
+    engine = make()
+    engine.denoiser.fault = lambda method, shape: time.sleep(0.02)
+    leaving = engine.run(draw(i, timestep=20 * (i > 0)) for i in range(BATCH))
+    next(leaving)  # the first went nowhere and came at once, or with the others' first step
+    leaving.close()
+    assert len(list(engine.run([draw(9, timestep=0)]))) == 1
+    time.sleep(0.3)  # enough for all five steps
+    assert len(engine.denoiser.calls) <= 2
+
+
+def test_draws_that_were_picked_when_their_caller_left_are_not_drawn(make):
+    """While the engine waits for another reader before it begins."""
+    engine = make()
+    late, came, offered = threading.Event(), threading.Event(), threading.Event()
+
+    def slow() -> Iterator[Draw]:
+        late.wait(LONG_S)
+        yield draw(0, timestep=0)
+
+    def draws() -> Iterator[Draw]:
+        yield draw(1, timestep=0)
+        came.wait(LONG_S)
+        yield draw(2, timestep=20)
+        offered.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(lambda: list(engine.run(slow())))
+        leaving = engine.run(draws())
+        next(leaving)
+        came.set()
+        offered.wait(LONG_S)
+        time.sleep(0.1)  # within the second that the engine waits for company at first
+        leaving.close()
+        late.set()
+        assert len(other.result()) == 1
+    assert engine.denoiser.calls == []
+
+
 def test_draws_that_fail_to_close_leave_no_one_waiting(make):
     def draws() -> Iterator[Draw]:
         try:
@@ -237,9 +276,13 @@ def test_an_interrupted_caller_leaves_nothing_behind(make):
         model_at_work.wait(5)
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
-    threading.Thread(target=interrupt).start()
-    with pytest.raises(KeyboardInterrupt):
-        list(engine.run(draws()))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs are begun without
+    try:
+        threading.Thread(target=interrupt).start()
+        with pytest.raises(KeyboardInterrupt):
+            list(engine.run(draws()))
+    finally:
+        signal.signal(signal.SIGINT, before)
     gc.collect()
     assert closed.wait(5)
     assert len(list(engine.run([draw(0)]))) == 1

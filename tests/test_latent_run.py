@@ -20,6 +20,8 @@ from boomerang_batch.models.stable_diffusion import StableDiffusionDenoiser
 from boomerang_batch.run.verify import verify
 from tests import tiny_latents, tiny_models, tiny_transformers, worlds
 
+pytestmark = pytest.mark.slow
+
 SIDE = tiny_transformers.SIDE
 
 

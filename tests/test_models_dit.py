@@ -19,6 +19,8 @@ from boomerang_batch.models import load_denoiser
 from tests import tiny_transformers
 from tests.oracles import GivenNoise
 
+pytestmark = pytest.mark.slow
+
 NULL = tiny_transformers.CLASSES
 LABELS = [7, 0, 999]
 STEPS = 10

@@ -24,6 +24,8 @@ from boomerang_batch.models.flux import pack, token_places, unpack
 from tests import tiny_transformers
 from tests.oracles import GivenNoise
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["a person", "two cats, sleeping", ""]
 FAMILIES = ["sd3", "sd3-without-t5", "flux-dev", "flux-schnell"]
 

@@ -25,6 +25,7 @@ PROMPTS = ["a cat", "3 dogs in a field"]
 TAU = torch.tensor([7, 640], dtype=torch.float64)
 
 pytestmark = [
+    pytest.mark.slow,
     # Some of diffusers' schedulers convert tensors the way NumPy 2 asks them not to.
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
     pytest.mark.usefixtures("process_numerics"),

@@ -95,6 +95,7 @@ def test_order_of_the_manifest_changes_no_byte(tmp_path: Path, tiny_model: Path,
     assert worlds.tree(tmp_path / "a") == worlds.tree(tmp_path / "b")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("secret")
 def test_a_stopped_run_resumes_to_the_same_bytes(tmp_path: Path, tiny_model: Path):
     # Far more samples than a stream has in slots and queues.

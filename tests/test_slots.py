@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from boomerang_batch.diffusion.draws import Finished
 from boomerang_batch.diffusion.outbox import Outbox
@@ -132,6 +133,74 @@ def test_whether_a_size_fits_is_tried_on_the_states_own_shape():
 
 
 # --- to the device and back ---
+
+
+class _NoWaiting(TorchFunctionMode):
+    """Refuses what on CUDA would wait for all that was asked before: reading a value, and unpinned copies.
+
+    The meta device stands in for CUDA: it computes shapes alone, so whoever reads a value fails anyway.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pinned = False
+        self.copies = 0
+
+    def to_device(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        self.pinned, self.copies = True, self.copies + 1
+        try:
+            return to_device(tensor, device)
+        finally:
+            self.pinned = False
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and args[0].is_meta:
+            index = args[1]
+            assert isinstance(index, int | slice | tuple) or index.is_meta, f"{func} by {index} copies it"
+        if func is torch.tensor:
+            assert torch.device(kwargs.get("device") or "cpu") == CPU, "made of values on the device"
+        result = func(*args, **kwargs)
+        if func is torch.Tensor.to and result.is_meta and not args[0].is_meta:
+            assert self.pinned, "copied from ordinary memory"
+        return result
+
+
+class _Shapes(Tiny):
+    """No network, so that what is tested are the slots."""
+
+    def encode(self, images):
+        return images[..., ::2, ::2] if self.spec.latent else images
+
+    def denoise(self, x_t, tau, conditions):
+        assert tau.device == CPU
+        return torch.cat([x_t, x_t], 1) if self.spec.learned_variance else x_t * 1
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "2m", "learned"])
+@pytest.mark.parametrize("latent", [False, True])
+def test_nothing_waits_for_the_device(sampler, latent, monkeypatch):
+    """From admission to the end: cascades, regions, tiles, parking, all of it."""
+    meta = torch.device("meta")
+    slots = Slots(
+        _Shapes(sampler, latent=latent), batch_size=4, device=meta, order=order_of(sampler), encode_batch=3
+    )
+    mode = _NoWaiting()
+    monkeypatch.setattr("boomerang_batch.diffusion.slots.to_device", mode.to_device)
+    monkeypatch.setattr("boomerang_batch.diffusion.slot_noise.to_device", mode.to_device)
+    plans = {i: {"timestep": (0, 6, 14)[i % 3], "passes": 1 + i % 2, "limited": i > 4} for i in range(8)}
+    draws = [planned(sampler, latent, number=i, tiled=i % 4 == 3, **plan) for i, plan in plans.items()]
+    with mode:
+        finished = slots.admit(draws[:4])
+        finished += slots.advance()
+        slots.resize(2)
+        finished += slots.advance()
+        slots.resize(6)
+        finished += slots.admit(draws[4:])
+        finished += finish(slots)
+    assert sorted(one.draw.tag for one in finished) == list(range(8))
+    assert all(one.x_0.is_meta for one in finished)
+    assert mode.copies > 8
 
 
 def test_on_a_cpu_nothing_is_copied_and_nothing_waits():

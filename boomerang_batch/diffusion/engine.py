@@ -135,8 +135,9 @@ class Engine:
                 raise self._failure
             self._streams.append(stream)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._serve, name="boomerang-engine", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._serve, name="boomerang-engine", daemon=True)
+                thread.start()
+                self._thread = thread
 
     # All below runs on the engine's own thread.
 
@@ -198,10 +199,9 @@ class Engine:
                     self._changed.wait()
                     started = time.monotonic()
                     continue
-                left_s = self._patience_s - (time.monotonic() - started)
+                left_s = min(self._patience_s, self._iteration_s) - (time.monotonic() - started)
                 if left_s <= 0 or self._groups.full(taken) or not any(one.late for one in self._streams):
-                    if not taken:
-                        self._patience_s = max(left_s, 0.0)
+                    self._patience_s = max(left_s, 0.0)
                     return taken
                 self._changed.wait(left_s)
         return None

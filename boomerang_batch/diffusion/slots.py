@@ -31,10 +31,13 @@ _IDLE_ROW = [1.0 if column is Column.SIGMA else 0.0 for column in Column]
 
 @dataclass(kw_only=True)
 class _Slot:
+    """A busy slot: whose it is, and where on its walk."""
+
     draw: Draw
     node: int
     pass_index: int = 0
     batch_size: int = 1 << 30
+    """The smallest batch shape of its steps so far."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +170,6 @@ class Slots:
             if slot is None and self._parked:
                 parked = self._parked.pop()
                 self._slots[index] = parked.slot
-                self._rows["x"][index] = parked.rows["x"]
                 for name, tensor in self._rows.items():
                     if name in parked.rows:
                         tensor[index] = parked.rows[name]
