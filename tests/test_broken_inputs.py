@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -784,11 +785,13 @@ def world(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
 def test_a_signal_ends_with_75_and_the_same_command_finishes(world: World):
     real = Runner.run
 
-    def interrupted(self: Runner, task: Task, **options: object) -> ShardReport:
+    def interrupted(self: Runner, task: Task, **options: Any) -> ShardReport:
         if task.name == "s-001":
             while world.done() != ["s-000"]:  # the pool begins both at once
                 time.sleep(0.01)
             signal.raise_signal(signal.SIGTERM)
+            while not options["stopped"]():  # the main thread handles it when it next wakes
+                time.sleep(0.01)
         return real(self, task, **options)
 
     world.monkeypatch.setattr(Runner, "run", interrupted)
