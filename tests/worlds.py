@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import tarfile
 import threading
@@ -141,14 +142,18 @@ def run(
 
 def stop_within_the_second_shard(patch: pytest.MonkeyPatch, out: Path) -> threading.Event:
     """An event, for `run`, that is set when one shard is committed and four outputs of the next are drawn."""
-    stop, real, begun = threading.Event(), Runner.run, []
+    stop, real, numbers = threading.Event(), Runner.run, itertools.count(1)
 
     def watched(self, task, *, stopped, progress):
-        begun.append(task)
-        second = len(begun) == 2
-        while second and not list(out.glob("*_stats.json")):
-            time.sleep(0.01)  # the pool begins two tasks at once
-        return real(self, task, stopped=stopped, progress=lambda n: stop.set() if second and n == 4 else None)
+        number = next(numbers)
+        # The pool begins two tasks at once, and a third beside the second.
+        while number == 2 and not list(out.glob("*_stats.json")):
+            time.sleep(0.01)
+        if number > 2:
+            stop.wait(120)
+        return real(
+            self, task, stopped=stopped, progress=lambda n: stop.set() if (number, n) == (2, 4) else None
+        )
 
     patch.setattr(Runner, "run", watched)
     return stop
