@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from boomerang_batch.diffusion.engine import Draw, Drawn, Engine
+from boomerang_batch.diffusion.streams import Stream
 from tests.engines import SIZE, Tiny, draw, walk_at
 
 BATCH = 4
@@ -410,6 +411,22 @@ def test_a_caller_who_takes_nothing_holds_back_only_itself(make):
     time.sleep(0.2)
     assert len(within(LONG_S, lambda: list(engine.run(draw(i) for i in range(50))))) == 50
     stuck.close()
+
+
+def test_a_stream_is_late_when_its_draws_would_be_taken_if_there_were_any():
+    stream = Stream(threading.Condition(), ahead=2)
+    drawn = Drawn(draw=draw(0), pass_number=1, image=draw(0).image, batch_size=1)
+    assert stream.late
+    stream.results.extend([drawn] * 4)
+    assert stream.held_back
+    assert not stream.late
+    stream.results.pop()
+    assert stream.late
+    stream.waiting.append(draw(1))
+    assert not stream.late
+    stream.waiting.clear()
+    stream.exhausted = True
+    assert not stream.late
 
 
 def test_a_single_draw_is_not_waited_over(make):

@@ -105,6 +105,22 @@ def test_a_slot_says_the_smallest_shape_of_its_own_steps():
     assert {one.draw.tag: one.batch_size for one in finish(slots)} == {0: 2, 1: 4}
 
 
+def test_a_parked_draw_without_a_region_comes_back_without_one():
+    """Though others had regions since, in the row that it comes back to."""
+    slots, _ = slots_for(size=4)
+    slots.admit([draw(i, timestep=14) for i in range(4)])
+    slots.resize(2)
+    slots.drop(lambda one: one.tag < 2)
+    slots.admit([planned("ddpm", False, number=i, timestep=1, limited=True) for i in (4, 5)])
+    finished = finish(slots)
+    assert sorted(one.draw.tag for one in finished) == [2, 3, 4, 5]
+    for one in finished:
+        limited = one.draw.tag > 3
+        plan = {"timestep": 1, "limited": True} if limited else {"timestep": 14}
+        expected = alone_once("ddpm", False, 4, 1, number=one.draw.tag, **plan)[1]
+        assert torch.allclose(one.x_0, expected, rtol=0, atol=1e-4)
+
+
 def test_draws_that_are_dropped_are_gone_parked_or_not():
     slots, _ = slots_for(size=8)
     slots.admit([draw(i) for i in range(8)])

@@ -68,7 +68,7 @@ class RepeatedOutputError(SampleError):
 class Seen:
     """The outputs of one task so far, by digest, to tell when two draws gave the same one.
 
-    A collapsed model, or noise used twice, gives different samples one image. Sixteen bytes for each output.
+    A collapsed model, or noise used twice, gives different samples one image.
     """
 
     def __init__(self) -> None:

@@ -23,8 +23,6 @@ from boomerang_batch.diffusion.samplers import Column, jump, step
 from boomerang_batch.diffusion.slot_noise import normals
 from boomerang_batch.diffusion.transfer import to_device
 
-__all__ = ["Slots", "to_device"]
-
 # An idle slot's step gives zeros, whatever finite things the network says.
 _IDLE_ROW = [1.0 if column is Column.SIGMA else 0.0 for column in Column]
 
