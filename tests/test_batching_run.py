@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -226,3 +227,19 @@ def test_a_batch_of_another_run_is_no_batch_of_this_one(
     worlds.run(worlds.recipe(tiny_model, "batch_size=auto", purpose="augment"), manifest, tmp_path / "out")
     with pytest.raises(ConfigError, match=r"batch_size \(auto there, 4 now\)"):
         worlds.run(worlds.recipe(tiny_model, purpose="augment"), manifest, tmp_path / "out")
+
+
+def test_loading_leaves_no_openmp_helpers_behind(tiny_model: Path):
+    """They would make those of the engine's own thread sleep at every barrier."""
+
+    def tasks() -> int:
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    torch.ones(1 << 20).mul(2)  # whatever helpers this thread has are there from the start
+    before = tasks()
+    engine, _ = loading.load(worlds.recipe(tiny_model, purpose="augment"), device="cpu", threads=4)
+    deadline = time.monotonic() + 10
+    while tasks() > before and time.monotonic() < deadline:  # they end a moment after their thread
+        time.sleep(0.01)
+    assert tasks() <= before
+    engine.close()

@@ -465,3 +465,24 @@ def test_a_caller_may_wait_for_each_result_before_the_next_draw(make):
         assert other.done()
         assert other.result() == 5
     crowd.close()
+
+
+def test_the_network_has_the_threads_it_was_promised_whatever_others_set(make):
+    """A thread's first operation in PyTorch takes over what any thread has set last."""
+    found = []
+
+    class Asked(Quick):
+        def denoise(self, x_t: Tensor, tau: Tensor, conditions: object) -> Tensor:
+            found.append(torch.get_num_threads())
+            return super().denoise(x_t, tau, conditions)
+
+    def draws() -> Iterator[Draw]:
+        torch.set_num_threads(1)
+        yield draw(0, timestep=5)
+
+    before = torch.get_num_threads()
+    try:
+        assert len(list(make(Asked(), threads=3).run(draws()))) == 1
+    finally:
+        torch.set_num_threads(before)
+    assert set(found) == {3}

@@ -27,6 +27,7 @@ from boomerang_batch.diffusion.outbox import Outbox
 from boomerang_batch.diffusion.slot_groups import SlotGroups
 from boomerang_batch.diffusion.slots import Slots
 from boomerang_batch.diffusion.streams import Drawn, Stream
+from boomerang_batch.diffusion.threads import use_threads
 from boomerang_batch.errors import ModelError
 
 __all__ = ["Draw", "Drawn", "Engine", "Region", "Walk", "Window"]
@@ -143,7 +144,7 @@ class Engine:
 
     def _serve(self) -> None:
         if self._threads is not None:
-            torch.set_num_threads(self._threads)  # OpenMP keeps the count per calling thread
+            use_threads(self._threads)
         try:
             with torch.inference_mode():
                 while self._work():

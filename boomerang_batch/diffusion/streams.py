@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from boomerang_batch.diffusion.draws import Draw
+from boomerang_batch.diffusion.threads import use_threads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,7 @@ class Stream:
 
     def read(self, draws: Iterable[Draw]) -> None:
         """Take everything in, as fast as slots come free. For a thread of its own."""
+        use_threads(1)  # lest preparing draws contend with the engine's calls
         error = None
         try:
             for draw in draws:

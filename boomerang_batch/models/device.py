@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from boomerang_batch.config.pipeline import ModelSpec
+from boomerang_batch.diffusion.threads import use_threads
 from boomerang_batch.errors import ModelError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -72,7 +73,7 @@ def settle_numerics(device: torch.device, *, threads: int | None) -> None:
     bits of a result, so a run that promises bytes must set it.
     """
     if threads is not None:
-        torch.set_num_threads(threads)
+        use_threads(threads)
     torch.set_float32_matmul_precision("highest")
     torch.use_deterministic_algorithms(True)
     # Meant to expose reads of uninitialised memory; it costs a fill per allocation and changes no result.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -32,11 +33,18 @@ def load(recipe: Recipe, *, device: str, threads: int, batch_size: int | None = 
     `batch_size` is what `batch_size: auto` came to in this run, if it is known. The model is tried out on
     synthetic samples of each size it is to draw: one whose output depends on what shares its batch is refused.
     """
+    # In a thread that ends. OpenMP gives each thread that computes helpers of its own, for as long as it lives,
+    # and where all of them together outnumber the cores, the engine's go to sleep at every barrier: a latent
+    # model's run took half as long again.
+    with ThreadPoolExecutor(1, thread_name_prefix="boomerang-load") as thread:
+        return thread.submit(_load, recipe, device=device, threads=threads, batch_size=batch_size).result()
+
+
+def _load(recipe: Recipe, *, device: str, threads: int, batch_size: int | None) -> tuple[Engine, Walks]:
     denoiser = load_denoiser(recipe.model, device=device, threads=threads)
     chosen = choose_device(device, dtype=recipe.model.dtype)
     check_fit(recipe, denoiser.spec)
     walks = Walks(recipe, denoiser.spec)
-    torch.set_num_threads(threads)  # for the trials below, which run in this thread
     size = recipe.batch_size if recipe.batch_size != "auto" else batch_size
     samples = [
         synthetic_images(denoiser.spec, _PROBES, size=image, device=chosen)

@@ -23,6 +23,7 @@ from boomerang_batch.data.provenance import Marker, write_rows
 from boomerang_batch.data.shards import Sample, Unreadable, read_samples, write_shard
 from boomerang_batch.diffusion.engine import Draw, Engine
 from boomerang_batch.diffusion.guards import OVERFLOWS, Seen
+from boomerang_batch.diffusion.threads import use_threads
 from boomerang_batch.diffusion.transfer import to_device
 from boomerang_batch.errors import SampleError, ShardError, StoppedError, StorageError
 from boomerang_batch.run.commit import commit, digest_file, read_marker
@@ -73,7 +74,7 @@ class Runner:
         there = read_marker(self._spec.out, task.name)
         if there is not None:
             return ShardReport(name=task.name, status="there", counts=there.counts)
-        torch.set_num_threads(1)  # in this thread, which must not contend with the engine's
+        use_threads(1)  # lest this thread contend with the engine's
         try:
             with tempfile.TemporaryDirectory(prefix="boomerang-") as folder:
                 counts = self._run(task, Path(folder), stopped, progress)
