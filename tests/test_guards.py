@@ -19,6 +19,8 @@ from boomerang_batch.errors import ModelError, SampleError
 from tests import tiny_models
 from tests.oracles import linear_levels
 
+RANGE = (-1.0, 1.0)
+
 
 def picture(seed: int = 0, channels: int = 3) -> torch.Tensor:
     return torch.rand(channels, 8, 8, generator=torch.Generator().manual_seed(seed)) * 2 - 1
@@ -30,7 +32,7 @@ def plain(*colour: float) -> torch.Tensor:
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_an_ordinary_image_passes(channels):
-    check_output(picture(1, channels), picture(2, channels))
+    check_output(picture(1, channels), picture(2, channels), value_range=RANGE)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -38,41 +40,59 @@ def test_one_value_that_is_not_finite_is_refused(value):
     broken = picture()
     broken[1, 2, 3] = value
     with pytest.raises(SampleError, match="float32") as caught:
-        check_output(broken, picture())
+        check_output(broken, picture(), value_range=RANGE)
     assert caught.value.reason == "non-finite-output"
 
 
 @pytest.mark.parametrize("colour", [(0, 0, 0), (-1, -1, -1), (1, 0.2, -0.7)])
 def test_a_single_colour_is_refused_grey_or_not(colour):
     with pytest.raises(SampleError, match="single colour") as caught:
-        check_output(plain(*colour), picture())
+        check_output(plain(*colour), picture(), value_range=RANGE)
     assert caught.value.reason == "flat-output"
+
+
+@pytest.mark.parametrize("shift", [-2.5, 2.5])
+def test_an_output_all_beyond_black_or_white_is_a_single_colour(shift):
+    """What is saved is clamped, so contrast out there is lost."""
+    with pytest.raises(SampleError) as caught:
+        check_output(picture() + shift, picture(), value_range=RANGE)
+    assert caught.value.reason == "flat-output"
+    check_output(picture() + shift / 2, picture(), value_range=RANGE)
+
+
+def test_contrast_is_told_in_the_models_own_range():
+    """A grey level of a range of 2 is flat where the range is 200."""
+    output = plain(0.0, 0.0, 0.0).clone()
+    output[0, 4, 4] = 2 / 255
+    check_output(output, picture(), value_range=RANGE)
+    with pytest.raises(SampleError):
+        check_output(output, 100 * picture(), value_range=(-100.0, 100.0))
 
 
 @pytest.mark.parametrize("colour", [(0, 0, 0), (1, 0.2, -0.7)])
 def test_a_flat_image_may_stay_flat(colour):
-    check_output(plain(0.1, 0.1, 0.1), plain(*colour))
+    check_output(plain(0.1, 0.1, 0.1), plain(*colour), value_range=RANGE)
 
 
 def test_contrast_in_one_channel_or_one_pixel_is_no_single_colour():
     one_channel = plain(0.0, 0.0, 0.0).clone()
     one_channel[2] = picture()[2]
-    check_output(one_channel, picture())
+    check_output(one_channel, picture(), value_range=RANGE)
     one_pixel = plain(-1.0, -1.0, -1.0).clone()
     one_pixel[:, 4, 4] = 1
-    check_output(one_pixel, picture())
+    check_output(one_pixel, picture(), value_range=RANGE)
 
 
 def test_an_image_of_one_pixel_is_judged_without_a_warning():
-    check_output(torch.zeros(3, 1, 1), torch.ones(3, 1, 1))
+    check_output(torch.zeros(3, 1, 1), torch.ones(3, 1, 1), value_range=RANGE)
     with pytest.raises(SampleError):
-        check_output(torch.full((3, 1, 1), float("nan")), torch.ones(3, 1, 1))
+        check_output(torch.full((3, 1, 1), float("nan")), torch.ones(3, 1, 1), value_range=RANGE)
 
 
 def test_half_precision_outputs_are_judged_too():
-    check_output(picture().half(), picture())
+    check_output(picture().half(), picture(), value_range=RANGE)
     with pytest.raises(SampleError):
-        check_output((picture() * 1e6).half(), picture())
+        check_output((picture() * 1e6).half(), picture(), value_range=RANGE)
 
 
 # --- outputs that are the input, or another's ---
@@ -80,23 +100,23 @@ def test_half_precision_outputs_are_judged_too():
 
 def test_an_output_that_is_its_input_is_refused():
     with pytest.raises(SampleError, match="unchanged") as caught:
-        check_changed(picture(), picture())
+        check_changed(picture(), picture(), value_range=RANGE)
     assert caught.value.reason == "output-equals-input"
 
 
 def test_the_last_bit_of_one_value_is_a_change():
     output = picture()
     output[0, 0, 0] = torch.nextafter(output[0, 0, 0], torch.tensor(2.0))
-    check_changed(output, picture())
-    check_changed(picture(1), picture(2))
+    check_changed(output, picture(), value_range=RANGE)
+    check_changed(picture(1), picture(2), value_range=RANGE)
 
 
 def test_a_flat_input_may_come_back():
-    check_changed(plain(0.1, 0.2, 0.3), plain(0.1, 0.2, 0.3))
+    check_changed(plain(0.1, 0.2, 0.3), plain(0.1, 0.2, 0.3), value_range=RANGE)
 
 
 def test_one_output_for_two_draws_is_refused():
-    seen = Seen()
+    seen = Seen(RANGE)
     seen.check(picture(1), draw=(b"key-1", 1))
     seen.check(picture(2), draw=(b"key-2", 1))
     with pytest.raises(SampleError, match="other noise") as caught:
@@ -108,13 +128,13 @@ def test_one_output_for_two_draws_is_refused():
 
 def test_one_output_for_one_draw_may_come_again():
     """Equal images under one noise key, or an attempt repeated."""
-    seen = Seen()
+    seen = Seen(RANGE)
     for _ in range(3):
         seen.check(picture(1), draw=(b"key-1", 1))
 
 
 def test_flat_outputs_may_be_alike_and_shapes_are_not_told_apart_by_layout():
-    seen = Seen()
+    seen = Seen(RANGE)
     seen.check(plain(0, 0, 0), draw=1)
     seen.check(plain(0, 0, 0), draw=2)
     seen.check(picture(5).permute(0, 2, 1), draw=3)
@@ -129,10 +149,10 @@ def test_no_false_alarm_over_clean_outputs(seed, channels, side):
     generator = torch.Generator().manual_seed(seed)
     sources = torch.rand(50, channels, side, side, generator=generator) * 2 - 1
     outputs = sources + 1e-2 * torch.randn(sources.shape, generator=generator)
-    seen = Seen()
+    seen = Seen(RANGE)
     for number, (output, source) in enumerate(zip(outputs, sources, strict=True)):
-        check_output(output, source)
-        check_changed(output, source)
+        check_output(output, source, value_range=RANGE)
+        check_changed(output, source, value_range=RANGE)
         seen.check(output, draw=number)
 
 

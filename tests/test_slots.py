@@ -8,6 +8,7 @@ from torch.overrides import TorchFunctionMode
 
 from boomerang_batch.diffusion.draws import Finished
 from boomerang_batch.diffusion.outbox import Outbox
+from boomerang_batch.diffusion.slot_groups import SlotGroups
 from boomerang_batch.diffusion.slots import Slots
 from boomerang_batch.diffusion.transfer import Mark, to_device, to_host
 from tests.engines import CHANNELS, SIZE, Tiny, alone_once, draw, order_of, planned, walk_at
@@ -226,6 +227,25 @@ def test_on_a_cpu_nothing_is_copied_and_nothing_waits():
     assert to_device(torch.arange(3), CPU).dtype == torch.int64
     assert to_host(floats) is floats
     Mark(CPU).wait()
+
+
+def test_a_micro_batch_is_encoded_whole_though_fewer_slots_are_free():
+    model = Tiny(latent=True)
+    groups = SlotGroups(model, batch_size=4, device=CPU, order=1, encode_batch=3, elastic=False)
+    plans = {number: {"timestep": (6, 14)[number % 2], "limited": number == 5} for number in range(6)}
+    draws = [planned("ddpm", True, number=number, **plan) for number, plan in plans.items()]
+    slots = groups.of(draws[0])
+    assert groups.room(slots) == 6
+    encoded = []
+    encode = model.encode
+    model.encode = lambda images: encoded.append(len(images)) or encode(images)
+    groups.admit({slots: draws}, dry=True)
+    assert encoded == [3, 3, 3]  # the last one for what stands around the region
+    assert (slots.busy, groups.room(slots)) == (6, 0)
+    found = {one.draw.tag: model.decode(one.x_0[None].repeat(3, 1, 1, 1))[0] for one in finish(slots)}
+    for number, plan in plans.items():
+        expected = alone_once("ddpm", True, 4, 3, number=number, **plan)[1]
+        assert torch.equal(found[number], expected), number
 
 
 @pytest.mark.parametrize("behind", [0, 1])

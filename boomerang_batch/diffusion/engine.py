@@ -208,18 +208,18 @@ class Engine:
         return None
 
     def _pick(self, taken: dict[Slots, list[Draw]]) -> None:
-        """Move draws that fit a free slot from `waiting` to `taken`, the oldest stream first."""
+        """Move draws that there is room for from `waiting` to `taken`, the oldest stream first."""
         moved = False
-        free: dict[Slots, int] = {}
+        room: dict[Slots, int] = {}
         for stream in self._streams:
             kept: deque[Draw] = deque()
             while stream.waiting and not stream.held_back:
                 draw = stream.waiting.popleft()
                 slots = self._groups.of(draw)
-                free.setdefault(slots, self._groups.free(slots) - len(taken.get(slots, ())))
-                if free[slots] > 0:
+                room.setdefault(slots, self._groups.room(slots) - len(taken.get(slots, ())))
+                if room[slots] > 0:
                     taken.setdefault(slots, []).append(dataclasses.replace(draw, tag=_Ticket(draw, stream)))
-                    free[slots] -= 1
+                    room[slots] -= 1
                     stream.inside += 1
                     moved = True
                 else:

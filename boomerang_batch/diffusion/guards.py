@@ -22,33 +22,36 @@ from boomerang_batch.errors import ModelError, SampleError
 OVERFLOWS = ("non-finite-output", "flat-output")
 """Reasons for which half precision may be to blame, so that float32 deserves a try."""
 
-_FLAT = 2e-3
-"""Half a grey level where pixels are 0 to 1: less contrast than this is one shade once it is rounded."""
+_FLAT = 0.5 / 255
+"""Half a grey level, as a share of the value range: less contrast than this is one shade once it is rounded."""
+
+ValueRange = tuple[float, float]
+"""Black and white, as a model has them. An image keeps nothing that is beyond them."""
 
 _ALONE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 """How far, of the output's RMS, a sample alone may be from the same one in a batch; see `check_batching`."""
 
 
-def check_output(x_0: Tensor, source: Tensor) -> None:
+def check_output(x_0: Tensor, source: Tensor, *, value_range: ValueRange) -> None:
     """Raise SampleError if `x_0` (C, H, W) can't be an image made from `source` of the same shape.
 
     Half-precision networks overflow to NaN, which an encoder would turn into a black image; a collapsed one
     gives a single colour. Both have passed for success in other tools.
     """
-    contrast = _contrast(x_0)
+    contrast = _contrast(x_0, value_range)
     if not math.isfinite(contrast):
         raise SampleError("non-finite-output", "the model returned NaN or infinity; try dtype float32")
-    if contrast < _FLAT <= _contrast(source):
+    if contrast < _FLAT <= _contrast(source, value_range):
         raise SampleError("flat-output", "the model returned a single colour for an image that has several")
 
 
-def check_changed(x_0: Tensor, source: Tensor) -> None:
+def check_changed(x_0: Tensor, source: Tensor, *, value_range: ValueRange) -> None:
     """Raise SampleError if `x_0` (C, H, W) is `source` bit for bit, where the source has any contrast.
 
     For outputs that took at least one evaluation: with none, the input is the right answer. Both are float
     states or images before rounding, which no noise and denoising bring back exactly.
     """
-    if torch.equal(x_0, source) and _contrast(source) >= _FLAT:
+    if torch.equal(x_0, source) and _contrast(source, value_range) >= _FLAT:
         raise SampleError(
             "output-equals-input", "the model gave the image back unchanged; check its weights and t"
         )
@@ -71,7 +74,8 @@ class Seen:
     A collapsed model, or noise used twice, gives different samples one image.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, value_range: ValueRange) -> None:
+        self._range = value_range
         self._draws: dict[bytes, Hashable] = {}
 
     def check(self, x_0: Tensor, *, draw: Hashable) -> None:
@@ -80,7 +84,7 @@ class Seen:
         `draw` names where the noise came from: noise key and pass. Equal images under one noise key rightly
         give equal outputs, and so does a repetition. For outputs that took at least one evaluation.
         """
-        if _contrast(x_0) < _FLAT:
+        if _contrast(x_0, self._range) < _FLAT:
             return
         data = x_0.detach().cpu().contiguous().view(torch.uint8).numpy()
         digest = hashlib.blake2b(data.tobytes(), digest_size=16).digest()
@@ -223,8 +227,15 @@ def _normals(count: int, shape: Sequence[int], device: torch.device) -> Tensor:
     return normal(keys, shape, purpose=Purpose.FORWARD, node=torch.zeros(count, dtype=torch.int64))
 
 
-def _contrast(image: Tensor) -> float:
-    """The largest range of any one channel of `image` (C, H, W); NaN or infinite if any value is."""
+def _contrast(image: Tensor, value_range: ValueRange) -> float:
+    """The largest range of any one channel of `image` (C, H, W) within `value_range`, as a share of it.
+
+    NaN if any value is NaN or infinite.
+    """
     channels = image.flatten(1)
     # One at a time: each is vectorised, and `aminmax` over a dimension is not (seven times as slow).
-    return float((channels.amax(1) - channels.amin(1)).amax())
+    least, most = channels.amin(1), channels.amax(1)
+    if not (least.isfinite() & most.isfinite()).all():
+        return math.nan
+    low, high = value_range
+    return float((most.clamp(low, high) - least.clamp(low, high)).amax()) / (high - low)

@@ -42,6 +42,7 @@ class SlotGroups:
         self._device = device
         self._order = order
         self._encode_batch = encode_batch
+        self._micro_batch = encode_batch if denoiser.spec.latent else 1
         self._elastic = elastic
         self._may_halve = elastic
         self._groups: dict[tuple[int, ...], Slots] = {}
@@ -72,8 +73,16 @@ class SlotGroups:
         return self._groups[shape]
 
     def free(self, slots: Slots) -> int:
-        """How many more draws there is room for; less than 0 while some are parked."""
+        """How many more draws there are slots for; less than 0 while some draws have none."""
         return self.batch_size - slots.busy
+
+    def room(self, slots: Slots) -> int:
+        """How many more draws to take: as many as fill the free slots, and their last micro-batch.
+
+        A latent model's encoder costs the same for a whole micro-batch as for one image.
+        """
+        batches = -(-max(self.free(slots), 0) // self._micro_batch)
+        return batches * self._micro_batch
 
     def full(self, taken: Mapping[Slots, Sequence[Draw]]) -> bool:
         """Whether some slots are all busy, with the draws `taken` for them."""

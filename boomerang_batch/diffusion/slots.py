@@ -39,6 +39,16 @@ class _Slot:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Encoded:
+    """A draw that waits for a slot, its images encoded already, for it came in one micro-batch with others."""
+
+    draw: Draw
+    x_0: Tensor
+    around: tuple[Tensor, Tensor] | None
+    """Where it has a region: what stands around that, (c, h, w), and its mask (1, h, w)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Parked:
     """A busy slot that has no row at present, and what stood in the row."""
 
@@ -58,6 +68,7 @@ class Slots:
         self._encode_batch = encode_batch
         self._slots: list[_Slot | None] = [None] * batch_size
         self._parked: list[_Parked] = []
+        self._encoded: list[_Encoded] = []
         # One row per slot in each: x (c, h, w) and key (4,); before, the last x0h, for order 2; known (c, h, w)
         # and mask (1, h, w) once a draw has a region.
         self._rows: dict[str, Tensor] = {}
@@ -72,26 +83,34 @@ class Slots:
 
     @property
     def busy(self) -> int:
-        """How many draws are on their way, parked ones included."""
-        return self.size - self._slots.count(None) + len(self._parked)
+        """How many draws are on their way, with those that have no slot at present."""
+        return self.size - self._slots.count(None) + len(self._parked) + len(self._encoded)
 
     @property
     def draws(self) -> Iterable[Draw]:
         """The draws that are on their way."""
         yield from (slot.draw for slot in self._slots if slot is not None)
         yield from (parked.slot.draw for parked in self._parked)
+        yield from (encoded.draw for encoded in self._encoded)
 
     def admit(self, draws: Sequence[Draw]) -> list[Finished]:
-        """Put draws, no more than slots are free, on their way, a jump out each; t = 0 comes back at once."""
+        """Put draws on their way, a jump out each; t = 0 comes back at once.
+
+        Those for which no slot is free take the next that come free, which `advance` sees to.
+        """
         if not draws:
             return []
-        states = self._encode([draw.image for draw in draws])
-        moving = [i for i, draw in enumerate(draws) if draw.walk.n > 0]
-        if moving:
-            self._settle([draws[i] for i in moving], torch.stack([states[i] for i in moving]))
+        regions = [draw.region for draw in draws if draw.region is not None and draw.walk.n > 0]
+        states = self._encode([*(draw.image for draw in draws), *(region.outside for region in regions)])
+        outsides = iter(states[len(draws) :])
+        for draw, x_0 in zip(draws, states, strict=False):
+            if draw.walk.n > 0:
+                around = None if draw.region is None else (next(outsides), draw.region.mask)
+                self._encoded.append(_Encoded(draw=draw, x_0=x_0, around=around))
+        self._settle()
         return [
             Finished(draw=draw, pass_number=number, x_0=state, batch_size=self._encode_batch)
-            for draw, state in zip(draws, states, strict=True)
+            for draw, state in zip(draws, states, strict=False)
             if draw.walk.n == 0
             for number in (range(1, draw.passes + 1) if draw.emit_all else [draw.passes])
         ]
@@ -102,6 +121,7 @@ class Slots:
         When something in here fails, memory for one, no slot has moved and it can be done again.
         """
         self._unpark()
+        self._settle()
         moved = self._step()
 
         # Emit what has arrived; start the next pass of cascades.
@@ -138,6 +158,7 @@ class Slots:
         """Free the slots whose draw nobody waits for."""
         self._slots = [None if slot is None or unwanted(slot.draw) else slot for slot in self._slots]
         self._parked = [parked for parked in self._parked if not unwanted(parked.slot.draw)]
+        self._encoded = [encoded for encoded in self._encoded if not unwanted(encoded.draw)]
 
     def resize(self, size: int) -> None:
         """Go on with `size` slots; busy ones beyond that are parked until others are free.
@@ -181,24 +202,26 @@ class Slots:
             return batch
         return in_fixed_batches(self._denoiser.encode, batch, self._encode_batch)
 
-    def _settle(self, draws: list[Draw], x_0: Tensor) -> None:
-        """Jump out from x_0 (k, c, h, w) and take k free slots."""
-        limited = [(i, draw.region) for i, draw in enumerate(draws) if draw.region is not None]
-        outsides = self._encode([region.outside for _, region in limited]) if limited else None
-        self._allocate(x_0, regions=bool(limited))
-        places = [index for index, slot in enumerate(self._slots) if slot is None][: len(draws)]
+    def _settle(self) -> None:
+        """Jump out with the draws that wait for a slot, as many as slots are free."""
+        places = [index for index, slot in enumerate(self._slots) if slot is None][: len(self._encoded)]
+        if not places:
+            return
+        settling = self._encoded[: len(places)]
+        draws, x_0 = [one.draw for one in settling], torch.stack([one.x_0 for one in settling])
+        around = [(place, *one.around) for place, one in zip(places, settling, strict=True) if one.around]
+        self._allocate(x_0, regions=bool(around))
         where = self._index(places)
         self._rows["key"][where] = to_device(key_words([draw.noise_key for draw in draws]), self._device)
         if "mask" in self._rows:
             self._rows["mask"][where] = True
-        if outsides is not None:
-            where = self._index([places[i] for i, _ in limited])
-            masks = torch.stack([region.mask for _, region in limited])
-            self._rows["known"][where] = outsides
-            self._rows["mask"][where] = to_device(masks, self._device)
+        for place, outside, mask in around:
+            self._rows["known"][place] = outside
+            self._rows["mask"][place] = to_device(mask, self._device)
         self._jump(self._rows, places, x_0, draws, [0] * len(draws))
         for place, draw in zip(places, draws, strict=True):
             self._slots[place] = _Slot(draw=draw, node=draw.walk.n)
+        del self._encoded[: len(places)]
 
     def _jump(
         self,

@@ -17,6 +17,7 @@ from torch import Tensor
 from boomerang_batch.config.pipeline import Prompts
 from boomerang_batch.diffusion.denoiser import Condition, Denoiser, DenoiserSpec
 from boomerang_batch.diffusion.schedule import NoiseLevels
+from boomerang_batch.diffusion.transfer import to_device
 from boomerang_batch.errors import ModelError
 from boomerang_batch.models.autoencoder import Autoencoder
 from boomerang_batch.models.device import Placement
@@ -75,7 +76,7 @@ class FlowDenoiser:
         """
         at = self.placement
         x = x_t.to(device=at.device, dtype=at.dtype)
-        told_tau = tau.float().to(at.device)
+        told_tau = to_device(tau, at.device)
         prompts = [self.prompts.text if prompt is None else str(prompt) for prompt in conditions]
         told = self.book.look_up(prompts)
         if not self.guided:

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from boomerang_batch.config.pipeline import ClassLabels, ModelSpec
 from boomerang_batch.diffusion.denoiser import Condition, Denoiser, DenoiserSpec
+from boomerang_batch.diffusion.transfer import to_device
 from boomerang_batch.models.device import Placement
 from boomerang_batch.models.guidance import guide
 from boomerang_batch.models.levels import read_chain
@@ -59,11 +60,11 @@ class PixelDenoiser:
         """
         labels = None
         if self.class_labels is not None:
-            labels = torch.tensor(conditions, dtype=torch.int64, device=self.device)
+            labels = to_device(torch.tensor(conditions, dtype=torch.int64), self.device)
         folded = functional.pixel_unshuffle(x_t, self.patch_size)
         told = tau.float() if self.spec.fractional_tau else tau.round().long()
         with torch.no_grad():
-            output = self._guided(folded, told.to(self.device), labels)
+            output = self._guided(folded, to_device(told, self.device), labels)
         return functional.pixel_shuffle(output, self.patch_size).to(x_t.device)
 
     def flagged(self, images: Tensor) -> list[bool]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from boomerang_batch.config.pipeline import ModelSpec, Prompts
 from boomerang_batch.diffusion.denoiser import Condition, Denoiser, DenoiserSpec
+from boomerang_batch.diffusion.transfer import to_device
 from boomerang_batch.errors import ModelError
 from boomerang_batch.models.autoencoder import Autoencoder, load_autoencoder
 from boomerang_batch.models.device import Placement
@@ -102,11 +103,11 @@ class StableDiffusionDenoiser:
             pooled = torch.stack([one.pooled for one in told if one.pooled is not None]).to(at.dtype)
             height, width = (side * self.autoencoder.factor for side in x_t.shape[2:])
             # The original size, the crop's top left corner, and the size wanted.
-            ids = torch.tensor([height, width, 0, 0, height, width], dtype=at.dtype, device=at.device)
-            added = {"text_embeds": pooled, "time_ids": ids.expand(len(told), -1)}
+            ids = to_device(torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32), at.device)
+            added = {"text_embeds": pooled, "time_ids": ids.to(at.dtype).expand(len(told), -1)}
         with torch.no_grad():
             output: Tensor = self.network(
-                sample, tau.float().to(at.device), encoder_hidden_states=hidden, added_cond_kwargs=added
+                sample, to_device(tau, at.device), encoder_hidden_states=hidden, added_cond_kwargs=added
             ).sample
         return output.to(dtype=torch.float32, memory_format=torch.contiguous_format)
 

@@ -60,6 +60,7 @@ class Runner:
         )
         flags = None if recipe.model.safety == "unchecked" else functools.partial(_flagged, engine)
         self._transform = Transform(recipe, model, walks, naming, short_versions(stack), flags=flags)
+        self._value_range = model.value_range
         self._drawing = Drawing(engine, recipe, self._transform)
         self.facts = WorkerFacts(model_digest=model.digest, stack=stack, warnings=warnings(recipe, model))
 
@@ -103,7 +104,7 @@ class Runner:
         by_pseudonym = self._spec.recipe.purpose == "anonymize"
         finished = 0
         with Ledger(scratch / "spool", by_pseudonym=by_pseudonym) as ledger:
-            finish = functools.partial(self._finish, ledger, Seen())
+            finish = functools.partial(self._finish, ledger, Seen(self._value_range))
             for made in self._drawing.run(self._draws(ledger, task, stopped, finish)):
                 finish(made)
                 finished += 1

@@ -131,9 +131,9 @@ class Transform:
         prepared, recipe = made.prepared, self._recipe
         number = self._number(made.variant, made.pass_number)
         for index, (piece, x_0) in enumerate(zip(prepared.canvas.pieces, made.pieces, strict=True)):
-            check_output(x_0, piece.image)
+            check_output(x_0, piece.image, value_range=self._model.value_range)
             if prepared.walks[made.variant].walk.n:
-                check_changed(x_0, piece.image)
+                check_changed(x_0, piece.image, value_range=self._model.value_range)
                 place = Place(
                     noise_key=prepared.noise_keys[made.variant],
                     pass_number=made.pass_number,
