@@ -173,7 +173,8 @@ def main() -> int:
     text = [
         "# What a run costs beside its denoiser",
         "",
-        f"{args.images} JPEG of 256x256 and {mean_kb:.0f} kB on average; one core; target for the stages {TARGET}.",
+        f"{args.images} JPEG of 256x256 and {mean_kb:.0f} kB on average; one core. "
+        f"Target for the stages: {TARGET}.",
         "",
         report.table(["on one core", "bare loop", "the tool's stages", "the tool's run"], rows),
         "",
