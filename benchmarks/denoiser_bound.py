@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ import torch
 from boomerang_batch.config.pipeline import Recipe, parse_recipe
 from boomerang_batch.data.manifest import load_manifest
 from boomerang_batch.diffusion.guards import synthetic_images
+from boomerang_batch.diffusion.threads import use_threads
 from boomerang_batch.models import load_denoiser
 from boomerang_batch.run import loading, runner
 from boomerang_batch.run.driver import RunRequest, execute
@@ -162,7 +164,7 @@ def loop(job: dict[str, Any], threads: int, calls: dict[str, int]) -> dict[str, 
     """As many calls of the same shapes, and nothing else."""
     recipe = _recipe(job)
     denoiser = load_denoiser(recipe.model, device="cpu", threads=threads)
-    torch.set_num_threads(threads)
+    use_threads(threads)
     size = recipe.batch_size
     conditions = [0 if denoiser.spec.conditioning == "label" else None] * size
     with torch.inference_mode():
@@ -196,8 +198,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.arm:
         job = json.loads(args.job)
-        done = run(job, args.threads) if args.arm == "run" else loop(job, args.threads, job["calls"])
-        print(json.dumps(done))
+        if args.arm == "run":
+            print(json.dumps(run(job, args.threads)))
+        else:
+            # In a thread of its own, as a run's calls are: the main thread's heap is another, and slower.
+            with ThreadPoolExecutor(1) as thread:
+                print(json.dumps(thread.submit(loop, job, args.threads, job["calls"]).result()))
         return
 
     with tempfile.TemporaryDirectory() as folder:

@@ -279,6 +279,14 @@ def test_a_number_that_yaml_reads_as_text_is_explained():
             AUGMENT | {"model": {"source": "x", "prompts": {"text": "a", "field": "txt"}}},
             "model.prompts: prompts come from text or from a field, not from both",
         ),
+        (
+            AUGMENT | {"model": {"source": "x", "prompts": {"negative": "a"}}},
+            "model.prompts: negative and rescale act on guidance, and there is none",
+        ),
+        (
+            AUGMENT | {"model": {"source": "x", "prompts": {"guidance": 1, "rescale": 0.5}}},
+            "model.prompts: negative and rescale act on guidance, and there is none",
+        ),
         (AUGMENT | {"model": {"source": "x", "options": {"a": 1}}}, "options go to an entry point's factory"),
         (
             AUGMENT

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
+from boomerang_batch.config.blocks import Autoencoder
 from boomerang_batch.config.pipeline import ClassLabels, ModelSpec
 from boomerang_batch.diffusion.samplers import build_solver, step
 from boomerang_batch.diffusion.schedule import build_schedule
@@ -193,6 +194,11 @@ def test_a_pixel_model_flags_nothing_and_has_a_float32_twin(tmp_path):
     assert full.flagged(x_t) == [False] * 4
     assert torch.equal(full.encode(x_t), x_t)
     assert torch.equal(full.decode(x_t), x_t)
+
+
+def test_a_pixel_model_has_no_autoencoder_to_set(tmp_path):
+    with pytest.raises(ModelError, match=r"no autoencoder; remove model\.autoencoder"):
+        load(save(tmp_path, tiny_models.network()), autoencoder=Autoencoder(batch_size=4))
 
 
 @pytest.mark.parametrize(("patch_size", "channels"), [(2, 1), (2, 3), (4, 1)])

@@ -10,7 +10,7 @@ from boomerang_batch.diffusion.draws import Finished
 from boomerang_batch.diffusion.outbox import Outbox
 from boomerang_batch.diffusion.slot_groups import SlotGroups
 from boomerang_batch.diffusion.slots import Slots
-from boomerang_batch.diffusion.transfer import Mark, to_device, to_host
+from boomerang_batch.diffusion.transfer import Mark, to_device, to_host, upload
 from tests.engines import CHANNELS, SIZE, Tiny, alone_once, draw, order_of, planned, walk_at
 
 CPU = torch.device("cpu")
@@ -204,6 +204,7 @@ def test_nothing_waits_for_the_device(sampler, latent, monkeypatch):
     )
     mode = _NoWaiting()
     monkeypatch.setattr("boomerang_batch.diffusion.slots.to_device", mode.to_device)
+    monkeypatch.setattr("boomerang_batch.diffusion.slots.upload", mode.to_device)
     monkeypatch.setattr("boomerang_batch.diffusion.slot_noise.to_device", mode.to_device)
     plans = {i: {"timestep": (0, 6, 14)[i % 3], "passes": 1 + i % 2, "limited": i > 4} for i in range(8)}
     draws = [planned(sampler, latent, number=i, tiled=i % 4 == 3, **plan) for i, plan in plans.items()]
@@ -225,6 +226,7 @@ def test_on_a_cpu_nothing_is_copied_and_nothing_waits():
     assert to_device(floats, CPU) is floats
     assert to_device(floats.double(), CPU).dtype == torch.float32
     assert to_device(torch.arange(3), CPU).dtype == torch.int64
+    assert upload(floats, CPU) is floats
     assert to_host(floats) is floats
     Mark(CPU).wait()
 

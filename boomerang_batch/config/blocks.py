@@ -44,6 +44,14 @@ class Prompts(Block):
             raise ValueError("prompts come from text or from a field, not from both")
         return self
 
+    @model_validator(mode="after")
+    def _nothing_idle(self) -> Prompts:
+        if self.guidance == 1.0 and (self.negative or self.rescale):
+            raise ValueError(
+                "negative and rescale act on guidance, and there is none: set guidance, or remove them"
+            )
+        return self
+
 
 class Autoencoder(Block):
     """How a latent model's autoencoder is used."""

@@ -21,7 +21,7 @@ from boomerang_batch.diffusion.draws import Draw, Finished
 from boomerang_batch.diffusion.noise import Purpose, key_words
 from boomerang_batch.diffusion.samplers import Column, jump, step
 from boomerang_batch.diffusion.slot_noise import normals
-from boomerang_batch.diffusion.transfer import to_device
+from boomerang_batch.diffusion.transfer import to_device, upload
 
 # An idle slot's step gives zeros, whatever finite things the network says.
 _IDLE_ROW = [1.0 if column is Column.SIGMA else 0.0 for column in Column]
@@ -197,7 +197,7 @@ class Slots:
 
     def _encode(self, images: Sequence[Tensor]) -> Tensor:
         """States (k, c, h, w) on the device, in micro-batches of a fixed shape."""
-        batch = to_device(torch.stack(list(images)), self._device)
+        batch = upload(torch.stack(list(images)), self._device)
         if not self._denoiser.spec.latent:
             return batch
         return in_fixed_batches(self._denoiser.encode, batch, self._encode_batch)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from boomerang_batch.config.blocks import ENTRY_POINT
+from boomerang_batch.config.blocks import ENTRY_POINT, Autoencoder
 from boomerang_batch.config.pipeline import ModelSpec
 from boomerang_batch.diffusion.denoiser import Denoiser
 from boomerang_batch.errors import ModelError
@@ -130,6 +130,8 @@ def _check_conditioning(source: Source, spec: ModelSpec) -> None:
             f"{where}: the model takes prompts, not labels; remove model.class_labels from the recipe, and "
             "see model.prompts"
         )
+    if layout.autoencoder is None and spec.autoencoder != Autoencoder():
+        raise ModelError(f"{where}: the model has no autoencoder; remove model.autoencoder from the recipe")
     if spec.patch_size != 1 and layout.autoencoder is not None:
         raise ModelError(
             f"{where}: model.patch_size {spec.patch_size} is for networks of pixels; this one works on an "
