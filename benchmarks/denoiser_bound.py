@@ -38,7 +38,7 @@ from boomerang_batch.run.driver import RunRequest, execute
 from boomerang_batch.shipped import named
 
 TARGETS = {"demo": 1.05, "latent": 1.10}
-LATENT_IMAGES, LATENT_SHARDS = 128, 4
+LATENT_IMAGES, LATENT_SHARDS = 256, 8
 
 
 def save_latent_model(folder: Path) -> None:

@@ -59,14 +59,14 @@ class Engine:
         elastic: bool = False,
     ) -> None:
         """`order` of the walks' solvers; `encode_batch`: batch shape of a latent model's autoencoder;
-        `threads`: PyTorch's intra-op threads; `elastic`: smaller batches when the last draws leave slots empty,
-        and once when memory runs out.
+        `threads`: PyTorch's intra-op threads, the caller's number if None; `elastic`: smaller batches when the
+        last draws leave slots empty, and once when memory runs out.
         """
         self.denoiser = denoiser
         self.device = torch.device(device)
         self._order = order
         self._encode_batch = encode_batch
-        self._threads = threads
+        self._threads = torch.get_num_threads() if threads is None else threads
         self._elastic = elastic
         self._groups = SlotGroups(
             denoiser,
@@ -143,8 +143,7 @@ class Engine:
     # All below runs on the engine's own thread.
 
     def _serve(self) -> None:
-        if self._threads is not None:
-            use_threads(self._threads)
+        use_threads(self._threads)
         try:
             with torch.inference_mode():
                 while self._work():
