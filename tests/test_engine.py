@@ -82,6 +82,7 @@ PLANS = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @given(data=st.data())
 @settings(max_examples=6, deadline=None)
@@ -284,6 +285,7 @@ class Timed(Tiny):
         return [after[0] - before[1] for before, after in itertools.pairwise(self.spans)]
 
 
+@pytest.mark.slow
 def test_a_slow_reader_is_waited_for_once_and_not_at_every_iteration(make):
     """A draw goes its way without waiting for company before each of its steps."""
     model = Timed()
@@ -310,6 +312,7 @@ def test_a_draw_that_comes_within_an_iterations_time_is_waited_for(make):
     assert len(model.spans) == walk_at(6).n
 
 
+@pytest.mark.slow
 def test_a_stream_whose_caller_is_slow_is_not_waited_for(make):
     """Its draws could not be taken if they came."""
     model = Timed(0.4)

@@ -21,6 +21,8 @@ from boomerang_batch.diffusion.engine import Draw, Drawn, Engine
 from boomerang_batch.diffusion.streams import Stream
 from tests.engines import SIZE, Tiny, draw, walk_at
 
+pytestmark = pytest.mark.slow
+
 BATCH = 4
 LONG_S = 20
 """Longer than anything here takes: whoever waits for it hangs."""

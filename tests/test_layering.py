@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -56,6 +57,7 @@ CLOSED = {"diffusion": {"torch"}}
 """Rooms that may import nothing from outside but the standard library and these."""
 
 
+@functools.cache
 def modules() -> dict[str, Path]:
     """Every module of the package by its dotted name below the package; the package itself is ''."""
     found = {}

@@ -22,6 +22,8 @@ from boomerang_batch.run.runner import Runner
 from boomerang_batch.run.verify import verify
 from tests import worlds
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def manifest(tmp_path: Path) -> Path:

@@ -38,6 +38,8 @@ from tests.oracles import (
     self_weights,
 )
 
+pytestmark = pytest.mark.slow
+
 LINEAR = linear_levels()
 KINDS = ["vp", "ve", "flow"]
 RANDOM_LEVELS = st.lists(st.floats(0.02, 2), min_size=2, max_size=30)
