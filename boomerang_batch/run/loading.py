@@ -35,7 +35,7 @@ def load(recipe: Recipe, *, device: str, threads: int, batch_size: int | None = 
     """
     # In a thread that ends. OpenMP gives each thread that computes helpers of its own, for as long as it lives,
     # and where all of them together outnumber the cores, the engine's go to sleep at every barrier: a latent
-    # model's run took half as long again.
+    # model's run took a sixth longer.
     with ThreadPoolExecutor(1, thread_name_prefix="boomerang-load") as thread:
         return thread.submit(_load, recipe, device=device, threads=threads, batch_size=batch_size).result()
 
