@@ -31,7 +31,7 @@ import torch
 
 from boomerang_batch.config.pipeline import Recipe, parse_recipe
 from boomerang_batch.data.manifest import load_manifest
-from boomerang_batch.diffusion.guards import synthetic_images
+from boomerang_batch.diffusion.parity import synthetic_images
 from boomerang_batch.diffusion.threads import use_threads
 from boomerang_batch.models import load_denoiser
 from boomerang_batch.run import loading, runner

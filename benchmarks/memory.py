@@ -2,11 +2,11 @@
 
     python benchmarks/memory.py --small 20 --large 2000
 
-256x256 JPEG and the identity for a denoiser, so that nothing but the shard's own path takes memory. Each size
-has a process of its own: it runs several small shards to warm up, until queues are full and the heap has the
-size it keeps, then the shard in question, and makes the kernel forget its peak (Linux) when that run has loaded
-its model and begins to work. Driver and worker are one process here, so the peak is an upper bound of the
-worker's.
+256x256 JPEG, one step, and the identity for a denoiser, so that nothing but the shard's own path takes memory:
+slots, noise, guards and what they remember, spool and ledger. Each size has a process of its own: it runs
+several small shards to warm up, until queues are full and the heap has the size it keeps, then the shard in
+question, and makes the kernel forget its peak (Linux) when that run has loaded its model and begins to work.
+Driver and worker are one process here, so the peak is an upper bound of the worker's.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def run_arm(folder: Path, shard: Path, out: Path) -> dict[str, Any]:
         manifest = identity_world.write_manifest(out / f"{step}.yaml", shards)
         watch = threading.Thread(target=forget_peak, args=(out / step / "run.json",), daemon=True)
         watch.start()
-        images = identity_world.run_identity(folder / "model", manifest, out / step)
+        images = identity_world.run_identity(folder / "model", manifest, out / step, timestep=1)
         watch.join(timeout=1)
     return {
         "shard_mb": round(shard.stat().st_size / 1e6, 1),

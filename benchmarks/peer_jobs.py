@@ -15,6 +15,7 @@ import numpy as np
 import peer_loops
 import torch
 from PIL import Image
+from torch import Tensor
 
 from boomerang_batch import shipped, storage
 from boomerang_batch.config.pipeline import ClassLabels, ModelSpec
@@ -124,36 +125,59 @@ def compare_outputs(job: dict[str, Any], out: Path) -> dict[str, float]:
 def same_mathematics(threads: int) -> float:
     """The largest difference between the tool's outputs and the diffusers loop's, given the same noise.
 
-    32 images at different t, walked by the loop in one batch and by the tool one t at a time.
+    24 images at three different t: the tool walks one t at a time, the loop does too, and takes all of them in
+    one batch, as `batched` does and as `batched-active` does.
     """
     job = {"model": shipped.resolve(MODEL), "steps": STEPS, "threads": threads}
     loop = peer_loops.Model(job | {"guidance": GUIDANCE, "null_label": NULL_LABEL})
     labels = ClassLabels(null_label=NULL_LABEL, guidance=GUIDANCE)
     spec = ModelSpec(source=MODEL, patch_size=2, channels_last=True, class_labels=labels)
     denoiser = load_denoiser(spec, device="cpu", threads=threads)
-    worst = 0.0
-    for timestep in (2 * STRIDE, EQUAL_T, 16 * STRIDE):
-        items = []
-        for index, sample in enumerate(demo_samples(8)):
-            x_0 = peer_loops.to_x_0(Image.open(io.BytesIO(sample.fields["png"])).convert("L"))
-            items.append(
-                peer_loops.Item(key=str(index), x_0=x_0, label=int(sample.fields["cls"]), start=timestep - 1)
-            )
-        x_0 = torch.stack([item.x_0 for item in items])
-        noise = KeyedNoise([bytes([index] * 16) for index in range(len(items))], x_0)
+    samples = demo_samples(24)
+    x_0 = torch.stack(
+        [peer_loops.to_x_0(Image.open(io.BytesIO(one.fields["png"])).convert("L")) for one in samples]
+    )
+    labels = [int(one.fields["cls"]) for one in samples]
+    steps = torch.tensor([(2, EQUAL_T // STRIDE, 16)[index % 3] for index in range(len(samples))])
+    noise = KeyedNoise([bytes([index] * 16) for index in range(len(samples))], x_0)
+
+    def tool(rows: Tensor, count: int) -> Tensor:
         schedule = build_schedule(
-            denoiser.spec.levels, grid="trailing", steps=STEPS, t=("timestep", timestep), start="exact"
+            denoiser.spec.levels, grid="trailing", steps=STEPS, t=("timestep", count * STRIDE), start="exact"
         )
         solver = build_solver(schedule, prediction="v_prediction", eta=1.0, clip_range=denoiser.spec.clip_range)
-        expected = boomerang(x_0, denoiser, schedule, solver, noise, [item.label for item in items])
+        chosen = KeyedNoise([bytes([int(index)] * 16) for index in rows], x_0[rows])
+        told = [labels[int(index)] for index in rows]
+        return boomerang(x_0[rows], denoiser, schedule, solver, chosen, told)
 
-        node = torch.full((len(items),), schedule.n)
-        draws = [noise.reverse(node - step) for step in range(schedule.n)]
+    def looped(rows: Tensor, *, active_only: bool) -> Tensor:
+        items = [
+            peer_loops.Item(
+                key=str(index), x_0=x_0[index], label=labels[index], start=int(steps[index]) * STRIDE - 1
+            )
+            for index in rows.tolist()
+        ]
+        draws = []
+        for node in range(int(steps[rows].max()), 0, -1):
+            z = noise.reverse(torch.full((len(x_0),), node))[rows]
+            draws.append(z[steps[rows] >= node] if active_only else z)
+        forward = noise.forward(torch.ones(len(x_0), dtype=torch.int64))[rows]
         with mock.patch("diffusers.schedulers.scheduling_ddpm.randn_tensor", side_effect=draws):
-            found, rows = loop.boomerang(items, active_only=False, noise=noise.forward(node))
-        if rows != schedule.n * len(items):
-            raise SystemExit(f"the loop did {rows} evaluations, the tool {schedule.n * len(items)}")
-        worst = max(worst, float((found - expected).abs().max()))
+            found, evaluated = loop.boomerang(items, active_only=active_only, noise=forward)
+        needed = steps[rows].sum() if active_only else len(rows) * steps[rows].max()
+        if evaluated != int(needed):
+            raise SystemExit(f"the loop did {evaluated} evaluations instead of {int(needed)}")
+        return found
+
+    everyone = torch.arange(len(samples))
+    expected = torch.empty_like(x_0)
+    differences = []
+    for count in steps.unique().tolist():
+        rows = everyone[steps == count]
+        expected[rows] = tool(rows, count)
+        differences.append(looped(rows, active_only=False) - expected[rows])
+    differences += [looped(everyone, active_only=active) - expected for active in (False, True)]
+    worst = max(float(one.abs().max()) for one in differences)
     if worst > LARGEST_FLOAT_DIFFERENCE:
         raise SystemExit(f"tool and loop differ by {worst:g} given the same noise: not the same job")
     return worst

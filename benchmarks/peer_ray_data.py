@@ -39,6 +39,7 @@ class Boomerang:
         self.loops = peer_loops
         self.model = peer_loops.Model(job)
         self.model.warm_up(job["batch"])
+        self.done = Path(ready).with_suffix(".done")
         Path(ready).write_text(repr(time.time()))
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -53,7 +54,9 @@ class Boomerang:
                 batch["__key__"], batch["png"], batch["cls"], batch["timestep"], strict=True
             )
         ]
-        x_0, _ = self.model.boomerang(items, active_only=True)
+        x_0, evaluated = self.model.boomerang(items, active_only=True)
+        with self.done.open("a") as done:
+            done.write(f"{len(items)} {evaluated}\n")
         outputs = np.stack([np.asarray(self.loops.to_image(row)) for row in x_0])
         return {"__key__": batch["__key__"], "png": outputs, "cls": batch["cls"]}
 
@@ -97,7 +100,9 @@ def run(arm: str, job: dict[str, Any], out: Path) -> dict[str, Any]:
     dataset.write_webdataset(str(out))
     seconds = time.time() - float(ready.read_text())
     ray.shutdown()
-    return {"images": job["images"], "seconds": round(seconds, 3), "evaluations": job["evaluations"]}
+    done = [line.split() for line in ready.with_suffix(".done").read_text().splitlines()]
+    images, evaluations = (sum(map(int, column)) for column in zip(*done, strict=True))
+    return {"images": images, "seconds": round(seconds, 3), "evaluations": evaluations}
 
 
 def main() -> None:
