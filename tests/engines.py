@@ -34,11 +34,16 @@ SAMPLERS: dict[str, dict] = {
     "ddim": {"eta": 0.0},
     "half": {"eta": 0.5},
     "2m": {"eta": 0.0, "order": 2},
+    "sample": {"eta": 1.0, "prediction": "sample"},
+    "guided": {"eta": 1.0, "guidance": 2.0},
+    "optimal": {"eta": 1.0, "variance": "optimal", "data_variance": 0.3},
     "large": {"eta": 1.0, "variance": "fixed_large"},
     "learned": {"eta": 1.0, "variance": "learned"},
     "zero-snr": {"eta": 1.0, "levels": _ZERO_SNR, "prediction": "v_prediction"},
     "flow-euler": {"eta": 0.0, "levels": _FLOW, "prediction": "flow", "clip_range": None},
+    "flow-2m": {"eta": 0.0, "order": 2, "levels": _FLOW, "prediction": "flow", "clip_range": None},
     "flow-ancestral": {"eta": 1.0, "levels": _FLOW, "prediction": "flow", "clip_range": None},
+    "ve-euler": {"eta": 0.0, "levels": _VE, "prediction": "score"},
     "ve-score": {"eta": 1.0, "levels": _VE, "prediction": "score"},
     "ve-2m": {"eta": 0.0, "order": 2, "levels": _VE, "prediction": "score"},
 }
@@ -80,6 +85,7 @@ class Tiny:
         self.fault: Callable[[str, torch.Size], None] = lambda method, shape: None
         self.calls: list[torch.Size] = []
         learned = facts.get("variance") == "learned"
+        self._guidance: float | None = facts.get("guidance")
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self._network = _Network(CHANNELS * (2 if learned else 1)).eval().requires_grad_(False)
@@ -115,8 +121,14 @@ class Tiny:
     def denoise(self, x_t: Tensor, tau: Tensor, conditions: Sequence[Condition]) -> Tensor:
         self.fault("denoise", x_t.shape)
         self.calls.append(x_t.shape)
+        labels = torch.tensor(conditions)
         with torch.no_grad():
-            return self._network(x_t, tau, torch.tensor(conditions))
+            if self._guidance is None:
+                return self._network(x_t, tau, labels)
+            # In one call of twice the rows, as the models do it.
+            labels = torch.cat([labels, torch.full_like(labels, CLASSES - 1)])
+            told, untold = self._network(torch.cat([x_t, x_t]), torch.cat([tau, tau]), labels).chunk(2)
+            return untold + self._guidance * (told - untold)
 
 
 @functools.cache
@@ -132,6 +144,7 @@ def walk_at(timestep: int, sampler: str = "ddpm") -> Walk:
         prediction=spec.prediction,
         eta=facts["eta"],
         variance=facts.get("variance", "fixed_small"),
+        data_variance=facts.get("data_variance"),
         clip_range=spec.clip_range,
         order=order_of(sampler),
     )
@@ -139,14 +152,20 @@ def walk_at(timestep: int, sampler: str = "ddpm") -> Walk:
 
 
 def draw(
-    number: int, *, timestep: int = 10, sampler: str = "ddpm", size: int = SIZE, **options: object
+    number: int,
+    *,
+    timestep: int = 10,
+    sampler: str = "ddpm",
+    size: int = SIZE,
+    variant: int = 0,
+    **options: object,
 ) -> Draw:
-    """One draw of many, told by its number."""
+    """One draw of many, told by its number; a variant has the same image and label, and other noise."""
     generator = torch.Generator().manual_seed(number)
     settings = {
         "tag": number,
         "image": torch.rand(CHANNELS, size, size, generator=generator) * 2 - 1,
-        "noise_key": noise_key(bytes(32), identity=b"%d" % number, variant=0),
+        "noise_key": noise_key(bytes(32), identity=b"%d" % number, variant=variant),
         "walk": walk_at(timestep, sampler),
         "condition": number % CLASSES,
     }

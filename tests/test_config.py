@@ -270,6 +270,7 @@ def test_a_number_that_yaml_reads_as_text_is_explained():
             "images: sizes and tiles are two answers",
         ),
         (AUGMENT | {"images": {"sizes": [[64, 64], [64, 64]]}}, "images: sizes lists one size twice"),
+        (AUGMENT | {"images": {"sizes": [[64, 8 * n] for n in range(1, 18)]}}, "images.sizes: "),
         (AUGMENT | {"passes": {"count": 0}}, "passes.count: "),
         (
             AUGMENT | {"model": {"source": "x", "prompts": {}, "class_labels": {}}},

@@ -72,6 +72,8 @@ def check(results: Sequence[Drawn], expected: dict[int, dict[int, Tensor]]) -> N
 
 PLANS = st.fixed_dictionaries(
     {
+        "number": st.integers(0, 4),
+        "variant": st.integers(0, 2),
         "timestep": st.sampled_from([0, 1, 6, 14, 20]),
         "passes": st.sampled_from([1, 1, 2, 3]),
         "emit_all": st.booleans(),
@@ -85,24 +87,53 @@ PLANS = st.fixed_dictionaries(
 @pytest.mark.slow
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @given(data=st.data())
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_bits_depend_on_neither_company_nor_order_nor_time(sampler, data):
-    """Mixed t, cascades, regions, tiles, latents and shapes, in streams of any pace: all as if alone."""
+    """Mixed t, variants, cascades, regions, tiles, latents, shapes, in streams of any pace: all as if alone."""
     latent = data.draw(st.booleans())
+    plans = data.draw(st.lists(PLANS, min_size=1, max_size=9))
+    cut = data.draw(st.integers(0, len(plans)))
+    pauses = data.draw(st.lists(st.sampled_from([0, 0, 0.002, 0.01]), min_size=9, max_size=9))
     encode_batch = data.draw(st.integers(1, 3)) if latent else 1
-    timesteps = {0, 1, 6, 14} if "epsilon" in Tiny(sampler).spec.prediction else {0, 1, 6, 14, 20}
-    numbers = data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=9, unique=True))
-    plans = {}
-    for number in numbers:
-        plan = data.draw(PLANS)
-        plans[number] = plan | {"timestep": plan["timestep"] if plan["timestep"] in timesteps else 14}
-    cut = data.draw(st.integers(0, len(numbers)))
-    pauses = data.draw(st.lists(st.sampled_from([0, 0, 0.002, 0.01]), min_size=10, max_size=10))
+    check_against_alone(sampler, plans, [cut], pauses, latent=latent, encode_batch=encode_batch)
 
-    def stream(part: Sequence[int]) -> Iterator[Draw]:
-        for number in part:
-            time.sleep(pauses[number])
-            yield planned(sampler, latent, number=number, **plans[number])
+
+@pytest.mark.parametrize("latent", [False, True])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_everything_at_once_is_as_if_alone(sampler, latent):
+    """What chance may leave out: every kind of draw, each with other t, in three streams."""
+    plain = {"variant": 0, "passes": 1, "emit_all": False, "tiled": False, "limited": False, "size": SIZE}
+    plans = [
+        plain | {"number": 0, "timestep": 20},
+        plain | {"number": 0, "timestep": 20, "variant": 1},
+        plain | {"number": 0, "timestep": 6, "variant": 2, "passes": 3, "emit_all": True},
+        plain | {"number": 1, "timestep": 14, "passes": 3},
+        plain | {"number": 2, "timestep": 20, "tiled": True},
+        plain | {"number": 3, "timestep": 14, "limited": True, "passes": 2, "emit_all": True},
+        plain | {"number": 4, "timestep": 1, "limited": True, "tiled": True},
+        plain | {"number": 5, "timestep": 14, "size": 12},
+        plain | {"number": 6, "timestep": 20, "size": 12, "passes": 2, "limited": True},
+        plain | {"number": 7, "timestep": 0},
+    ]
+    pauses = [0, 0.002, 0, 0, 0.002, 0, 0, 0, 0.002, 0]
+    check_against_alone(sampler, plans, [3, 7], pauses, latent=latent, encode_batch=3 if latent else 1)
+
+
+def check_against_alone(
+    sampler: str,
+    plans: Sequence[dict],
+    cuts: Sequence[int],
+    pauses: Sequence[float],
+    *,
+    latent: bool,
+    encode_batch: int,
+) -> None:
+    """Draw `plans`, cut into streams that pause before each, and compare with each one drawn by itself."""
+
+    def stream(places: Sequence[int]) -> Iterator[Draw]:
+        for place in places:
+            time.sleep(pauses[place])
+            yield planned(sampler, latent, tag=place, **plans[place])
 
     engine = Engine(
         Tiny(sampler, latent=latent),
@@ -111,17 +142,14 @@ def test_bits_depend_on_neither_company_nor_order_nor_time(sampler, data):
         encode_batch=encode_batch,
         threads=1,
     )
-    with ThreadPoolExecutor(2) as pool:
-        parts = pool.map(lambda part: list(engine.run(stream(part))), (numbers[:cut], numbers[cut:]))
+    places = range(len(plans))
+    streams = [places[start:end] for start, end in itertools.pairwise([0, *cuts, len(plans)])]
+    with ThreadPoolExecutor(len(streams)) as pool:
+        parts = pool.map(lambda part: list(engine.run(stream(part))), streams)
         results = [drawn for part in parts for drawn in part]
     engine.close()
-    check(
-        results,
-        {
-            number: alone_once(sampler, latent, BATCH, encode_batch, number=number, **plan)
-            for number, plan in plans.items()
-        },
-    )
+    expected = [alone_once(sampler, latent, BATCH, encode_batch, **plan) for plan in plans]
+    check(results, dict(enumerate(expected)))
 
 
 class UNet(Tiny):

@@ -35,6 +35,11 @@ class Faulty(Pixelwise):
         rows = zip(super().denoise(x_t, tau, conditions), conditions, strict=True)
         return torch.stack([self._faults.get(label, lambda row: row)(row) for row, label in rows])
 
+    @classmethod
+    def with_twin(cls, faults: dict[int, Fault], twin: str | None) -> Faulty:
+        """Its float32 twin is itself, as "faulty" as it is, or "sound"."""
+        return cls(faults, {None: None, "faulty": faults, "sound": {}}[twin])
+
     def in_float32(self) -> Pixelwise:
         return self if self._twin is None else Faulty(self._twin)
 
@@ -81,26 +86,29 @@ def test_what_half_precision_can_not_do_is_done_in_float32(
         assert (drawn[key]["png"] == expected[key]["png"]) == (dtype == "float32")
 
 
-@pytest.mark.parametrize(
-    ("fault", "reason"), [(NAN, "non-finite-output"), (FLAT, "flat-output")], ids=["nan", "flat"]
-)
-@pytest.mark.parametrize(
+PRECISIONS = pytest.mark.parametrize(
     ("dtype", "twin", "saved"),
     [("float32", None, False), ("bfloat16", "faulty", False), ("bfloat16", "sound", True)],
     ids=["float32", "half and float32", "half alone"],
 )
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [(NAN, "non-finite-output"), (FLAT, "flat-output"), (lambda row: SOURCE, "output-equals-input")],
+    ids=["nan", "flat", "input"],
+)
+@PRECISIONS
 def test_nothing_that_is_no_image_is_saved(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     fault: Fault,
     reason: str,
     dtype: str,
-    twin: str,
+    twin: str | None,
     saved: bool,
 ):
-    stand_ins.install(
-        monkeypatch, Faulty({2: fault}, None if twin is None else {2: fault} if twin == "faulty" else {})
-    )
+    stand_ins.install(monkeypatch, Faulty.with_twin({2: fault}, twin))
     manifest = labelled(tmp_path / "in", 0, 2, 1)
     report = worlds.run(stand_ins.recipe(LABELLED, f"model.dtype={dtype}"), manifest, tmp_path / "out")
     assert report.exit_code == (0 if saved else 3)
@@ -109,30 +117,44 @@ def test_nothing_that_is_no_image_is_saved(
         assert [row.dtype for row in worlds.rows(tmp_path / "out")] == ["bfloat16", "float32", "bfloat16"]
 
 
-def test_an_output_that_is_its_input_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    source = torch.from_numpy(worlds.pixels(worlds.png(1)).astype(np.float32))[None] / 255 * 2 - 1
-    stand_ins.install(monkeypatch, Faulty({2: lambda row: source}))
-    manifest = labelled(tmp_path / "in", 0, 2, 1)
-    assert worlds.run(stand_ins.recipe(LABELLED), manifest, tmp_path / "out").exit_code == 3
-    assert reasons(tmp_path / "out") == {"n0": None, "n1": "output-equals-input", "n2": None}
+SOURCE = torch.from_numpy(worlds.pixels(worlds.png(1)).astype(np.float32))[None] / 255 * 2 - 1
+COLLAPSED = torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
-def test_of_equal_outputs_none_is_saved_whichever_came_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    collapsed = torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    stand_ins.install(monkeypatch, Faulty({2: lambda row: collapsed}))
+@PRECISIONS
+def test_of_equal_outputs_none_is_saved_whichever_came_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, twin: str | None, saved: bool
+):
+    stand_ins.install(monkeypatch, Faulty.with_twin({2: lambda row: COLLAPSED}, twin))
     manifest = labelled(tmp_path / "in", 2, 0, 2, 1, 2, 3)
+    outputs = []
     for name, order in (("one", "batch_size=1"), ("many", "batch_size=8")):
-        levels = "t.timestep={uniform: [10, 90]}"
-        assert worlds.run(stand_ins.recipe(LABELLED, levels, order), manifest, tmp_path / name).exit_code == 3
-        same = "output-repeated"
+        recipe = stand_ins.recipe(LABELLED, f"model.dtype={dtype}", "t.timestep={uniform: [10, 90]}", order)
+        assert worlds.run(recipe, manifest, tmp_path / name).exit_code == (0 if saved else 3)
+        repeated = {"n0", "n2", "n4"}
         assert reasons(tmp_path / name) == {
-            "n0": same,
-            "n1": None,
-            "n2": same,
-            "n3": None,
-            "n4": same,
-            "n5": None,
+            f"n{n}": "output-repeated" if f"n{n}" in repeated and not saved else None for n in range(6)
         }
+        if saved:
+            redrawn = {row.key for row in worlds.rows(tmp_path / name) if row.dtype == "float32"}
+            assert redrawn == repeated
+        outputs.append(worlds.outputs(tmp_path / name))
+    assert outputs[0] == outputs[1]
+
+
+def test_where_float32_does_not_fit_what_was_refused_stays_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def no_memory(self: Faulty) -> Pixelwise:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(Faulty, "in_float32", no_memory)
+    stand_ins.install(monkeypatch, Faulty({2: NAN}))
+    manifest = labelled(tmp_path / "in", 0, 2, 1)
+    report = worlds.run(stand_ins.recipe(LABELLED, "model.dtype=bfloat16"), manifest, tmp_path / "out")
+    assert report.exit_code == 3
+    assert reasons(tmp_path / "out") == {"n0": None, "n1": "non-finite-output", "n2": None}
+    assert "1 outputs stay refused that float32 might have saved: memory can't hold" in caplog.text
 
 
 def test_one_image_under_one_name_may_give_one_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -171,6 +193,41 @@ class MixingWide(Pixelwise):
         return answer - x_t.mean(dim=0) if x_t.shape[-1] == 16 else answer
 
 
+class FirstPrompt(Pixelwise):
+    """Tells every row what the first one's prompt says."""
+
+    def denoise(self, x_t: Tensor, tau: Tensor, conditions: Sequence[Condition]) -> Tensor:
+        return super().denoise(x_t, tau, conditions) * (1 + len(str(conditions[0] or "")) / 100)
+
+
+def test_a_model_that_takes_one_prompt_for_all_is_refused_where_they_differ(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    stand_ins.install(monkeypatch, FirstPrompt(conditioning="prompt"))
+    captions = {f"n{n}": {"png": worlds.png(n), "txt": b"a " * n + b"cat"} for n in range(3)}
+    manifest = worlds.save_samples(tmp_path / "in", captions)
+    with pytest.raises(ModelError, match="one row's timestep or condition"):
+        worlds.run(stand_ins.recipe("model.prompts={field: txt}"), manifest, tmp_path / "out")
+    worlds.run(stand_ins.recipe("model.prompts={text: a dog}"), manifest, tmp_path / "other")
+    assert set(reasons(tmp_path / "other").values()) == {None}
+
+
+class MixingEncoder(Pixelwise):
+    """A latent model whose encoder looks at the whole batch."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        return images - 0.1 * images.mean(dim=0)
+
+
+def test_an_autoencoder_that_mixes_its_batch_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    stand_ins.install(monkeypatch, MixingEncoder(latent=True))
+    manifest = worlds.save_shards(tmp_path / "in", shards=1, samples=2)
+    with pytest.raises(ModelError, match="change one another in its encoder"):
+        worlds.run(stand_ins.recipe("model.autoencoder={batch_size: 4}"), manifest, tmp_path / "out")
+    worlds.run(stand_ins.recipe(), manifest, tmp_path / "other")  # one image at a time is fine
+    assert set(reasons(tmp_path / "other").values()) == {None}
+
+
 def test_every_bucket_is_tried_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     stand_ins.install(monkeypatch, MixingWide())
     manifest = worlds.save_shards(tmp_path / "in", shards=1, samples=2)
@@ -181,19 +238,26 @@ def test_every_bucket_is_tried_out(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.slow
-def test_no_false_alarm_over_a_thousand_clean_samples(tmp_path: Path, tiny_model: Path):
-    """Smooth, noisy, flat, black, white and two-level pictures, some of them twice, close by and far out."""
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_false_alarm_over_a_thousand_clean_samples(tmp_path: Path, tiny_model: Path, dtype: str):
+    """1,000 with contrast, some of them twice, and 100 plain ones; close by and far out."""
     kinds = (
         lambda n: worlds.png(n),
         lambda n: worlds.encoded(worlds.noise(n, 8, 8)),
+        lambda n: worlds.encoded(worlds.noise(n % 20, 8, 8) // 128 * 255),
+        lambda n: worlds.encoded(255 - worlds.noise(n, 7, 8) // 16),  # faint, near white
+    )
+    plain = (
         lambda n: worlds.encoded(np.full((8, 8), n % 256, np.uint8)),
         lambda n: worlds.encoded(np.zeros((5, 8), np.uint8)),
         lambda n: worlds.encoded(np.full((8, 3), 255, np.uint8)),
-        lambda n: worlds.encoded(worlds.noise(n % 20, 8, 8) // 128 * 255),
     )
-    samples = {f"n{n:04d}": {"png": kinds[n % 6](n), "cls": b"%d" % (n % 4)} for n in range(500)}
-    manifest = worlds.save_samples(tmp_path / "in", samples)
-    levels = ("t=[{timestep: 1}, {timestep: 20}]", "variants=2", "steps=2", "sampler.eta=0.0")
-    recipe = worlds.recipe(tiny_model, *levels, "batch_size=16", purpose="augment")
+    pictures = [kinds[n % 4](n) for n in range(1000)] + [plain[n % 3](n) for n in range(100)]
+    samples = {f"n{n:04d}": {"png": one, "cls": b"%d" % (n % 4)} for n, one in enumerate(pictures)}
+    halves = [dict(list(samples.items())[start::2]) for start in range(2)]
+    manifest = worlds.save_samples(tmp_path / "in", *halves)
+    settings = ("t.timestep={uniform: [1, 20]}", "steps=2", "sampler.eta=0.0", f"model.dtype={dtype}")
+    recipe = worlds.recipe(tiny_model, *settings, "batch_size=16", purpose="augment")
     report = worlds.run(recipe, manifest, tmp_path / "out")
-    assert (report.exit_code, report.rows) == (0, {"ok": 1000})
+    assert (report.exit_code, report.rows) == (0, {"ok": 1100})
+    assert {row.dtype for row in worlds.rows(tmp_path / "out")} == {dtype}  # none was drawn a second time

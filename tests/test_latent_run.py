@@ -243,3 +243,51 @@ def test_upscaling_with_a_latent_model_is_warned_of(tmp_path: Path, saved, caplo
         "upscale with a latent model: the Boomerang paper (arXiv 2210.12100) saw super-resolution fail "
         "with one, for its autoencoder keeps no fine detail; take a pixel model"
     ]
+
+
+def test_tiles_of_a_latent_model(tmp_path: Path, saved):
+    """One tile is the image undivided; several give the size back and owe nothing to the order of work."""
+    model = saved("sd")
+    tiles = "images.tiles={overlap: 8}"
+    small = save_pictures(tmp_path / "small", 3)
+    whole, tiled = (
+        drawn(tmp_path / name, small, recipe(model, *more)) for name, more in (("whole", ()), ("one", (tiles,)))
+    )
+    assert differ(whole, tiled) == set()
+    sizes = {"wide": (SIDE, 2 * SIDE + 5), "tall": (3 * SIDE, SIDE), "both": (SIDE + 7, SIDE + 1)}
+    pictures = {
+        name: images.resize(worlds.noise(n, 4, 4, 3), (height, width), filter="bicubic")
+        for n, (name, (height, width)) in enumerate(sizes.items())
+    }
+    encoded = {name: {"png": worlds.encoded(one)} for name, one in pictures.items()}
+    there = worlds.save_samples(tmp_path / "there", encoded)
+    back = worlds.save_samples(tmp_path / "back", dict(reversed(encoded.items())))
+    first = drawn(tmp_path / "first", there, recipe(model, tiles))
+    assert {name: one.shape[:2] for name, one in first.items()} == sizes
+    again = drawn(tmp_path / "again", back, recipe(model, tiles, "identity=content"))
+    once = drawn(tmp_path / "once", there, recipe(model, tiles, "identity=content"))
+    assert differ(once, again) == set()
+    assert differ(first, {name: pictures[name] for name in first}) == set(sizes)
+
+
+def test_a_compiled_network_is_compiled_for_one_shape(tmp_path: Path, saved, monkeypatch):
+    """From the trial to the last sample; the backend that generates code takes minutes and is torch's own."""
+    shapes = set()
+    compile_ = torch.compile
+
+    def backend(graph, inputs):
+        def call(*values):
+            shapes.update(tuple(one.shape) for one in values if one.shape[1:] == (4, SIDE // 2, SIDE // 2))
+            return graph(*values)
+
+        return call
+
+    monkeypatch.setattr(
+        torch, "compile", lambda module, **options: compile_(module, backend=backend, **options)
+    )
+    manifest = save_pictures(tmp_path / "in", 4)
+    plain = drawn(tmp_path / "plain", manifest, recipe(saved("sd")))
+    compiled = drawn(tmp_path / "compiled", manifest, recipe(saved("sd"), "model.compile=true"))
+    assert {shape[0] for shape in shapes} == {3}
+    for name, image in compiled.items():
+        assert np.abs(image.astype(int) - plain[name]).max() <= 1

@@ -14,6 +14,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 
 from boomerang_batch.config.pipeline import Autoencoder, ClassLabels, ModelSpec, Prompts
 from boomerang_batch.diffusion.boomerang import boomerang
+from boomerang_batch.diffusion.parity import check_autoencoder
 from boomerang_batch.diffusion.samplers import build_solver, step
 from boomerang_batch.diffusion.schedule import build_schedule
 from boomerang_batch.errors import ModelError
@@ -171,6 +172,37 @@ def test_stable_diffusion_xl_is_diffusers_img2img(saved, monkeypatch, guidance, 
     )
     result = ours(denoiser, x_0, eps, grid="leading", steps=10, strength=0.4, prompts=PROMPTS)
     assert_close(result, latents)
+
+
+def test_stable_diffusion_xl_with_its_usual_scheduler(saved, tmp_path, monkeypatch):
+    """Published XL models come with Euler's."""
+    folder = Path(shutil.copytree(saved / "xl", tmp_path / "xl"))
+    tiny_latents.euler().save_pretrained(folder / "scheduler")
+    edit_json(folder / "model_index.json", scheduler=["diffusers", "EulerDiscreteScheduler"])
+    denoiser = load(folder, prompts=Prompts(field="txt", guidance=4.0))
+    x_0, eps = denoiser.encode(images()), noise(2, 4, 8, 8)
+    call = {"image": x_0, "prompt": PROMPTS, "strength": 0.58, "num_inference_steps": 10, "guidance_scale": 4.0}
+    pipeline = tiny_latents.stable_diffusion_xl(noise=tiny_latents.euler())
+    latents, _ = img2img(pipeline, monkeypatch, eps, **call)
+    grid = tiny_latents.euler().config.timestep_spacing
+    assert_close(ours(denoiser, x_0, eps, grid=grid, steps=10, strength=0.58, prompts=PROMPTS), latents)
+
+
+@pytest.mark.parametrize("family", ["sd", "xl"])
+def test_attention_is_torchs_own(saved, family):
+    """scaled_dot_product_attention, in the network and in the autoencoder."""
+    denoiser = load(saved / family)
+    for module in (denoiser.network, denoiser.autoencoder.module):
+        processors = {type(one).__name__ for one in module.attn_processors.values()}
+        assert processors == {"AttnProcessor2_0"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["sd", "xl", "vq", "kl"])
+def test_no_autoencoder_lets_images_change_one_another(saved, family, dtype):
+    denoiser = load(saved / family, dtype=dtype)
+    for batch_size in (1, 2, 5):
+        check_autoencoder(denoiser, images(4), batch_size, dtype=getattr(torch, dtype))
 
 
 @pytest.mark.parametrize("family", ["sd", "xl"])
@@ -366,6 +398,8 @@ def test_half_precision_and_its_float32_twin(saved, family, upcast):
     error = (rough - expected).square().mean().sqrt() / expected.square().mean().sqrt()
     assert 0 < error < 0.05
     assert torch.equal(half.encode(images()), full.encode(images())) is upcast
+    assert torch.equal(half.decode(x_t), full.decode(x_t)) is upcast
+    assert half.decode(x_t).isfinite().all()
     twin = half.in_float32()
     assert torch.equal(twin.denoise(x_t, TAU, [None] * 2), expected)
     assert half.in_float32() is twin

@@ -145,7 +145,8 @@ def test_a_learned_variance_comes_with_the_output_unguided(tmp_path):
     torch.testing.assert_close(output[:, 3:], conditional[:, 3:], rtol=1e-4, atol=1e-5)
 
 
-def test_a_step_with_learned_variance_is_diffusers_own(tmp_path):
+def test_a_walk_with_learned_variance_is_diffusers_own(tmp_path):
+    """From pure noise to the image, each side going on from its own state, as DDPMPipeline does."""
     unet = tiny_models.network(out_channels=6)
     denoiser = load(save(tmp_path, unet, variance_type="learned_range"))
     theirs = tiny_models.scheduler(variance_type="learned_range")
@@ -156,13 +157,16 @@ def test_a_step_with_learned_variance_is_diffusers_own(tmp_path):
     solver = build_solver(
         schedule, prediction="epsilon", eta=1.0, variance="learned", clip_range=denoiser.spec.clip_range
     )
-    x_t = noise(1, 3, 8, 8)
-    for i in range(2, schedule.n + 1):
-        output = denoiser.denoise(x_t, schedule.tau[[i]], [None])
-        expected = theirs.step(output, i - 1, x_t, generator=torch.Generator().manual_seed(5)).prev_sample
-        z = torch.randn(x_t.shape, generator=torch.Generator().manual_seed(5))
-        moved, _ = step(solver.table[[i]], x_t, output, z)
-        torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-5)
+    ours = expected = noise(1, 3, 8, 8)
+    for i in range(schedule.n, 0, -1):
+        with torch.no_grad():
+            output = unet(expected, i - 1).sample
+        seeded = torch.Generator().manual_seed(i)
+        expected = theirs.step(output, i - 1, expected, generator=seeded).prev_sample
+        z = torch.randn(ours.shape, generator=torch.Generator().manual_seed(i))
+        ours, _ = step(solver.table[[i]], ours, denoiser.denoise(ours, schedule.tau[[i]], [None]), z)
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+    assert float(ours.std()) > 0.05
 
 
 def test_a_learned_variance_must_be_there(tmp_path):
@@ -286,7 +290,10 @@ def test_a_ddim_pipeline_and_our_sampler_make_the_same_image(tmp_path):
 
 
 def test_a_score_model_steps_like_its_own_scheduler(tmp_path):
-    """The output is a score, sigma is what the network is told, and the mean of a step is diffusers' own."""
+    """The output is a score, sigma is what the network is told, and a step is diffusers' own.
+
+    Its noise is the forward step's, which is fixed_large; the mean is the same whatever the noise.
+    """
     folder, unet, scheduler = tiny_models.save_score_model(tmp_path / "model")
     denoiser = load(folder)
     spec = denoiser.spec
@@ -295,7 +302,10 @@ def test_a_score_model_steps_like_its_own_scheduler(tmp_path):
     scheduler.set_timesteps(count)
     scheduler.set_sigmas(count)
     schedule = build_schedule(spec.levels, grid="linspace", steps=count, t=("fraction", 1.0), start="exact")
-    solver = build_solver(schedule, prediction=spec.prediction, eta=1.0)
+    small, large = (
+        build_solver(schedule, prediction=spec.prediction, eta=1.0, variance=variance)
+        for variance in ("fixed_small", "fixed_large")
+    )
     x_0 = noise(1, 3, 8, 8).sigmoid()
     for index in range(1, count):
         sigma = spec.levels.sigma[index : index + 1].float()
@@ -305,9 +315,14 @@ def test_a_score_model_steps_like_its_own_scheduler(tmp_path):
             assert torch.equal(output, unet(x_t, sigma).sample)
         # diffusers turns a time in [0, 1] back into an index by flooring; aim at the middle.
         time = (index + 0.5) / (count - 1) if index < count - 1 else 1.0
-        mean = scheduler.step_pred(output, time, x_t).prev_sample_mean
-        ours, _ = step(solver.table[[index + 1]], x_t, output, None)
-        torch.testing.assert_close(ours, mean, rtol=1e-4, atol=1e-4 * float(sigma))
+        theirs = scheduler.step_pred(output, time, x_t, generator=torch.Generator().manual_seed(index))
+        z = torch.randn(x_t.shape, generator=torch.Generator().manual_seed(index))
+        for solver, given, expected in (
+            (small, None, theirs.prev_sample_mean),
+            (large, z, theirs.prev_sample),
+        ):
+            ours, _ = step(solver.table[[index + 1]], x_t, output, given)
+            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4 * float(sigma))
 
 
 def test_a_score_network_needs_its_scheduler(tmp_path):

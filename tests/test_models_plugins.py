@@ -17,14 +17,16 @@ import torch
 from onnx import TensorProto, helper
 
 from boomerang_batch.config.blocks import ClassLabels, ModelSpec, Prompts
-from boomerang_batch.config.pipeline import parse_recipe
+from boomerang_batch.config.pipeline import Recipe, parse_recipe
 from boomerang_batch.diffusion.boomerang import KeyedNoise, boomerang
 from boomerang_batch.diffusion.denoiser import DenoiserSpec
-from boomerang_batch.diffusion.guards import check_batching, synthetic_images
+from boomerang_batch.diffusion.parity import check_batching, synthetic_images
 from boomerang_batch.diffusion.samplers import build_solver
 from boomerang_batch.diffusion.schedule import build_schedule
 from boomerang_batch.errors import ModelError
 from boomerang_batch.models.plugins import GROUP, load_installed
+from boomerang_batch.run.verify import verify
+from tests import worlds
 from tests.oracles import GivenNoise, linear_levels
 
 PAGE = (Path(__file__).parent.parent / "docs" / "denoisers.md").read_text()
@@ -183,6 +185,31 @@ def test_draws_depend_on_their_key_and_not_on_their_neighbours(onnx_model):
     again = boomerang(x_0.flip(0), denoiser, schedule, solver, KeyedNoise(keys[::-1], x_0))
     assert torch.equal(out, again.flip(0))
     assert not torch.equal(out[0], out[1])
+
+
+def test_the_documented_example_runs(onnx_model, tmp_path):
+    recipe, _ = onnx_model
+    pictures = {f"n{n}": worlds.noise(n, 4, 4, 3) for n in range(5)}
+    encoded = {name: {"png": worlds.encoded(one)} for name, one in pictures.items()}
+    manifest = worlds.save_samples(tmp_path / "in", encoded)
+    report = worlds.run(recipe, manifest, tmp_path / "out")
+    assert (report.exit_code, report.rows) == (0, {"ok": 5})
+    assert verify(str(tmp_path / "out"), deep=True).problems == ()
+    for name, fields in worlds.outputs(tmp_path / "out").items():
+        drawn = worlds.image_of(fields)
+        assert drawn.shape == (4, 4, 3)
+        assert (drawn != pictures[name]).any()
+    assert {row.evaluations for row in worlds.rows(tmp_path / "out")} == {evaluations_of(recipe)}
+
+
+def evaluations_of(recipe: Recipe) -> int:
+    """How many evaluations the recipe's t takes, from the chain alone."""
+    denoiser = load_installed(recipe.model, device="cpu", threads=1)
+    unit, value = next(iter(recipe.t.model_dump(exclude_none=True).items()))
+    schedule = build_schedule(
+        denoiser.spec.levels, grid=recipe.grid, steps=recipe.steps, t=(unit, value), start=recipe.start
+    )
+    return schedule.n
 
 
 def test_the_packages_version_and_the_weights_enter_the_digest(onnx_model, site, tmp_path):

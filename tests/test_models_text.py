@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import builtins
+import gc
 import json
 import logging
 import shutil
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,13 +17,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel
 
 from boomerang_batch.config.pipeline import ModelSpec, Prompts
 from boomerang_batch.errors import ModelError
 from boomerang_batch.models import load_denoiser
 from boomerang_batch.models.device import Placement
 from boomerang_batch.models.parts import read_part
-from boomerang_batch.models.text import PromptBook, load_text_encoder
+from boomerang_batch.models.text import Encoded, PromptBook, load_text_encoder
 from tests import tiny_latents, tiny_transformers
 
 CPU = Placement(device=torch.device("cpu"))
@@ -161,35 +164,54 @@ def test_without_transformers_the_extra_is_named(saved, monkeypatch):
 
 @settings(max_examples=40)
 @given(
-    limit=st.integers(1, 6),
+    remembered=st.integers(1, 6),
     batches=st.lists(st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=8), max_size=12),
 )
-def test_a_book_answers_like_the_encoder_and_forgets_the_least_recent(limit, batches):
+def test_a_book_answers_like_the_encoder_and_forgets_the_least_recent(remembered, batches):
+    """Against the plainest bookkeeping: a list of what was used, the latest last."""
     encoded: list[str] = []
 
-    def encode(prompt: str) -> str:
+    def encode(prompt: str) -> Encoded:
         encoded.append(prompt)
-        return prompt.upper()
+        return shades(prompt)
 
-    book = PromptBook(encode, limit=limit)
+    book = PromptBook(encode, memory=remembered * shades("a").hidden.nbytes)
+    known: list[str] = []
     for batch in batches:
-        before = len(encoded)
-        assert book.look_up(batch) == [prompt.upper() for prompt in batch]
-        assert len(encoded) - before <= len(set(batch))
-        again = len(encoded)
-        book.look_up(batch)  # what one batch needs is never forgotten within it
-        assert len(encoded) == again
-    if limit >= len({prompt for batch in batches for prompt in batch}):
-        assert len(encoded) == len(set(encoded))
+        expected = [prompt for prompt in dict.fromkeys(batch) if prompt not in known]
+        encoded.clear()
+        told = book.look_up(batch)
+        assert [int(one.hidden[0]) for one in told] == [ord(prompt) for prompt in batch]
+        assert encoded == expected
+        for prompt in batch:
+            known = [one for one in known if one != prompt] + [prompt]
+        known = known[-max(remembered, len(set(batch))) :]
 
 
-def test_a_released_book_knows_what_it_knew():
-    book = PromptBook(str.upper)
+def shades(prompt: str) -> Encoded:
+    return Encoded(hidden=torch.tensor([float(ord(prompt))] * 3), pooled=None)
+
+
+def test_a_released_book_knows_what_it_knew_and_keeps_no_encoder():
+    class Encoder:
+        def __call__(self, prompt: str) -> Encoded:
+            return shades(prompt)
+
+    encoder = Encoder()
+    book, kept = PromptBook(encoder), weakref.ref(encoder)
+    del encoder
     book.look_up(["a"])
     book.release()
-    assert book.look_up(["a", "a"]) == ["A", "A"]
+    gc.collect()
+    assert kept() is None
+    assert [int(one.hidden[0]) for one in book.look_up(["a", "a"])] == [ord("a")] * 2
     with pytest.raises(ModelError, match=r"model\.prompts\.field"):
         book.look_up(["b"])
+
+
+def encoders_in_memory() -> int:
+    gc.collect()
+    return sum(type(one) is CLIPTextModel for one in gc.get_objects())
 
 
 @pytest.mark.parametrize("field", [None, "txt"])
@@ -197,7 +219,9 @@ def test_encoders_are_kept_for_captions_only(tmp_path, monkeypatch, field):
     tiny_latents.stable_diffusion().save_pretrained(tmp_path / "sd")
     prompts = Prompts(field=field, text="" if field else "a cat", guidance=2.0)
     spec = ModelSpec(source=str(tmp_path / "sd"), prompts=prompts)
+    before = encoders_in_memory()
     denoiser = load_denoiser(spec, device="cpu", threads=1)
+    assert encoders_in_memory() - before == (0 if field is None else 1)
     x_t, tau = torch.zeros(1, 4, 8, 8), torch.tensor([3.0], dtype=torch.float64)
     denoiser.denoise(x_t, tau, [None])
     if field is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
@@ -120,6 +122,39 @@ def test_a_parked_draw_without_a_region_comes_back_without_one():
         plan = {"timestep": 1, "limited": True} if limited else {"timestep": 14}
         expected = alone_once("ddpm", False, 4, 1, number=one.draw.tag, **plan)[1]
         assert torch.allclose(one.x_0, expected, rtol=0, atol=1e-4)
+
+
+def test_a_parked_draw_goes_on_before_encoded_ones():
+    """However many new draws come, each micro-batch a little more than slots are free."""
+    model = Tiny(latent=True)
+    groups = SlotGroups(model, batch_size=8, device=CPU, order=1, encode_batch=4, elastic=True)
+    draws = (draw(i, timestep=6) for i in itertools.count())
+    slots = groups.of(next(draws))
+    groups.admit({slots: list(itertools.islice(draws, 5))}, dry=False)
+    slots.resize(4)
+    groups.batch_size = 4
+    assert len(slots._parked) == 1
+    finished = []
+    for _ in range(4 * walk_at(6).n):
+        groups.admit({slots: list(itertools.islice(draws, groups.room(slots)))}, dry=False)
+        finished += [one.draw.tag for one in groups.advance(dry=False)]
+    assert not slots._parked
+    assert sorted(finished)[:5] == [1, 2, 3, 4, 5]
+
+
+def test_shapes_take_turns_though_one_has_encoded_draws_waiting():
+    groups = SlotGroups(Tiny(latent=True), batch_size=4, device=CPU, order=1, encode_batch=4, elastic=False)
+    long = {size: [draw(10 * size + i, timestep=20, size=size) for i in range(7)] for size in (SIZE, 12)}
+    taken = {groups.of(draws[0]): draws for draws in long.values()}
+    first, second = taken
+    groups.admit({first: taken[first], second: taken[second][:4]}, dry=False)
+    assert (first.busy, second.busy) == (7, 4)
+    turns = []
+    for slots in (first, second):
+        slots.advance = lambda slots=slots: turns.append(slots) or []  # type: ignore[method-assign]
+    for _ in range(6):
+        groups.advance(dry=False)
+    assert turns.count(first) == turns.count(second) == 3
 
 
 def test_draws_that_are_dropped_are_gone_parked_or_not():

@@ -97,7 +97,7 @@ class Engine:
         leave takes until `draws` has given the one it is at; if it is a generator it is closed.
         Raises ModelError when memory runs out, and whatever the denoiser raises.
         """
-        stream = Stream(self._changed, ahead=self.batch_size)
+        stream = Stream(self._changed, ahead=self._groups.most_room)
         reader = threading.Thread(target=stream.read, args=(draws,), name="boomerang-read", daemon=True)
         try:
             self._enter(stream)

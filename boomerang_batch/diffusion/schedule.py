@@ -9,6 +9,7 @@ Boomerang: arXiv 2210.12100. FastDPM's step grids: arXiv 2106.00132.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -80,7 +81,7 @@ class Schedule:
         """The start node, which is also the number of evaluations; 0 means identity."""
         return len(self.alpha) - 1
 
-    @property
+    @functools.cached_property
     def relative_sigma(self) -> float:
         """Noise std at the start node relative to the clean signal."""
         return float(self.sigma[-1] / self.alpha[-1])

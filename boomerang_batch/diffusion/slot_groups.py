@@ -77,12 +77,13 @@ class SlotGroups:
         return self.batch_size - slots.busy
 
     def room(self, slots: Slots) -> int:
-        """How many more draws to take: as many as fill the free slots, and their last micro-batch.
+        """How many more draws to take: as many as fill the free slots, and their last micro-batch."""
+        return self._in_micro_batches(max(self.free(slots), 0))
 
-        A latent model's encoder costs the same for a whole micro-batch as for one image.
-        """
-        batches = -(-max(self.free(slots), 0) // self._micro_batch)
-        return batches * self._micro_batch
+    @property
+    def most_room(self) -> int:
+        """How many draws idle slots would take."""
+        return self._in_micro_batches(self.batch_size)
 
     def full(self, taken: Mapping[Slots, Sequence[Draw]]) -> bool:
         """Whether some slots are all busy, with the draws `taken` for them."""
@@ -122,11 +123,20 @@ class SlotGroups:
         for slots in self._groups.values():
             slots.drop(unwanted)
 
+    def _in_micro_batches(self, count: int) -> int:
+        """`count` or more: a latent model's encoder costs the same for a whole micro-batch as for one image."""
+        return -(-count // self._micro_batch) * self._micro_batch
+
     def _next(self) -> Slots:
-        """Whose turn it is."""
+        """Whose turn it is: the fullest, or one passed over too often."""
         ready = [slots for slots in self._groups.values() if slots.busy]
         passed = self._passed_over
-        chosen = max(ready, key=lambda one: (passed.get(one, 0) >= _TURNS, one.busy, passed.get(one, 0)))
+
+        def claim(slots: Slots) -> tuple[bool, int, int]:
+            turns = passed.get(slots, 0)
+            return turns >= _TURNS, min(slots.busy, self.batch_size), turns
+
+        chosen = max(ready, key=claim)
         self._passed_over = {slots: passed.get(slots, 0) + 1 for slots in ready if slots is not chosen}
         return chosen
 

@@ -120,7 +120,6 @@ class Slots:
 
         When something in here fails, memory for one, no slot has moved and it can be done again.
         """
-        self._unpark()
         self._settle()
         moved = self._step()
 
@@ -203,7 +202,8 @@ class Slots:
         return in_fixed_batches(self._denoiser.encode, batch, self._encode_batch)
 
     def _settle(self) -> None:
-        """Jump out with the draws that wait for a slot, as many as slots are free."""
+        """Jump out with the draws that wait for a slot, as many as slots are free; the parked ones go first."""
+        self._unpark()
         places = [index for index, slot in enumerate(self._slots) if slot is None][: len(self._encoded)]
         if not places:
             return

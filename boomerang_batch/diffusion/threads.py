@@ -1,8 +1,15 @@
-"""How many threads PyTorch may use on a CPU for what the calling thread computes."""
+"""Threads that compute: how many PyTorch may use for one, and work in one that ends."""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
 import torch
+
+Result = TypeVar("Result")
 
 
 def use_threads(count: int) -> None:
@@ -13,3 +20,20 @@ def use_threads(count: int) -> None:
     """
     torch.get_num_threads()
     torch.set_num_threads(count)
+
+
+def run_apart(work: Callable[[], Result], *, name: str) -> Result:
+    """What `work` returns or raises, done in a thread of its own, which an interrupted caller leaves behind.
+
+    (A `ThreadPoolExecutor` would make Ctrl-C wait for it.)
+    """
+    future: Future[Result] = Future()
+
+    def serve() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # it is raised again on the caller's thread
+            future.set_exception(error)
+
+    threading.Thread(target=serve, name=name, daemon=True).start()
+    return future.result()

@@ -9,6 +9,7 @@ would make the host wait until all is done. On a CPU all is done at once, and th
 from __future__ import annotations
 
 import functools
+import threading
 from typing import Literal
 
 import torch
@@ -68,7 +69,12 @@ class Mark:
 def _copying(device: torch.device, way: Literal["in", "out"]) -> torch.cuda.Stream:
     """The one stream for copies that way; a device named without a number is the current one."""
     index = torch.cuda.current_device() if device.index is None else device.index
-    return _streams(index)[way]
+    with _making:
+        return _streams(index)[way]
+
+
+_making = threading.Lock()
+"""Two engines that start together must not make two streams for one way."""
 
 
 @functools.cache

@@ -157,10 +157,12 @@ def load_text_encoders(
 class PromptBook(Generic[Told]):
     """What the network is told for each prompt: worked out once, remembered, the least recent forgotten."""
 
-    def __init__(self, encode: Callable[[str], Told], *, limit: int = 256) -> None:
-        """`encode` holds the text encoders; `limit` in prompts, exceeded only by what one batch needs."""
+    def __init__(self, encode: Callable[[str], Told], *, memory: int = 1 << 30) -> None:
+        """`encode` holds the text encoders, and gives a dataclass of tensors; `memory`, in bytes, is for what
+        is remembered, exceeded only by what one batch needs.
+        """
         self._encode: Callable[[str], Told] | None = encode
-        self._limit = limit
+        self._free = memory
         self._told: OrderedDict[str, Told] = OrderedDict()
 
     def look_up(self, prompts: Sequence[str]) -> list[Told]:
@@ -168,10 +170,11 @@ class PromptBook(Generic[Told]):
         for prompt in prompts:
             if prompt not in self._told:
                 self._told[prompt] = self._work_out(prompt)
+                self._free -= _bytes(self._told[prompt])
             self._told.move_to_end(prompt)
         found = [self._told[prompt] for prompt in prompts]
-        while len(self._told) > max(self._limit, len(prompts)):
-            self._told.popitem(last=False)
+        while self._free < 0 and len(self._told) > len(set(prompts)):
+            self._free += _bytes(self._told.popitem(last=False)[1])
         return found
 
     def release(self) -> None:
@@ -185,6 +188,10 @@ class PromptBook(Generic[Told]):
                 "differ between samples need model.prompts.field"
             )
         return self._encode(prompt)
+
+
+def _bytes(told: object) -> int:
+    return sum(value.nbytes for value in vars(told).values() if isinstance(value, Tensor))
 
 
 def _transformers() -> Any:

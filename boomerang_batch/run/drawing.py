@@ -1,7 +1,7 @@
-"""Between the engine and the transform: pieces put together to outputs, and drawn again if need be.
+"""Between the engine and the transform: pieces put together to outputs.
 
-The engine hands out pieces in any order; an output is whole when its last piece is there. What half precision
-could not do is done once more in float32, with the same noise.
+The engine hands out pieces in any order; an output is whole when its last piece is there. A second engine, made
+when it is first asked for, has the network in float32, for what half precision could not do.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from boomerang_batch.config.pipeline import Recipe
+from boomerang_batch.diffusion.batch_size import is_out_of_memory
+from boomerang_batch.diffusion.denoiser import Denoiser
 from boomerang_batch.diffusion.engine import Draw, Drawn, Engine
+from boomerang_batch.errors import ModelError
 from boomerang_batch.run.stages import Made, PieceTag
-from boomerang_batch.run.transform import Transform
 
 
 @dataclass(kw_only=True)
@@ -27,24 +28,25 @@ class _Parts:
 class Drawing:
     """Draws outputs on one engine, for any number of threads."""
 
-    def __init__(self, engine: Engine, recipe: Recipe, transform: Transform) -> None:
+    def __init__(self, engine: Engine, *, dtype: str) -> None:
+        """`dtype` is what the engine's network computes in."""
         self._engine = engine
-        self._recipe = recipe
-        self._transform = transform
+        self._dtype = dtype
         self._exact: Engine | None = None
         self._making = threading.Lock()
 
     def run(self, draws: Iterable[Draw]) -> Iterator[Made]:
         """Every output whose pieces are among `draws`, in the order in which they are whole."""
-        return self._whole(self._engine, draws, dtype=self._recipe.model.dtype)
+        return self._whole(self._engine, draws, dtype=self._dtype)
 
-    def again(self, made: Made) -> Made | None:
-        """The same output with the network in float32; None where it was in float32 already."""
-        if made.dtype == "float32":
-            return None
-        draws = (draw for draw in self._transform.draws(made.prepared) if draw.tag.variant == made.variant)
-        outputs = self._whole(self._exact_engine(), draws, dtype="float32")
-        return next(one for one in list(outputs) if one.pass_number == made.pass_number)
+    def run_in_float32(self, draws: Iterable[Draw]) -> Iterator[Made]:
+        """The same with the network in float32. Raises ModelError also where memory can't hold that beside."""
+        return self._whole(self._exact_engine(), draws, dtype="float32")
+
+    @property
+    def exact(self) -> bool:
+        """Whether the network computes in float32 as it is."""
+        return self._dtype == "float32"
 
     def close(self) -> None:
         """Let the device go."""
@@ -66,8 +68,16 @@ class Drawing:
     def _exact_engine(self) -> Engine:
         with self._making:
             if self._exact is None:
-                self._exact = self._engine.with_denoiser(self._engine.denoiser.in_float32())
+                self._exact = self._engine.with_denoiser(self._in_float32())
             return self._exact
+
+    def _in_float32(self) -> Denoiser:
+        try:
+            return self._engine.denoiser.in_float32()
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise ModelError("memory can't hold the model in float32 beside itself") from None
 
 
 def _made(drawn: Drawn, parts: _Parts, dtype: str) -> Made:

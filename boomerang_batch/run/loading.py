@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -16,7 +15,9 @@ from boomerang_batch.config.pipeline import Recipe
 from boomerang_batch.diffusion.batch_size import find_batch_size, is_out_of_memory, largest_that_fits
 from boomerang_batch.diffusion.denoiser import Condition, Denoiser, DenoiserSpec
 from boomerang_batch.diffusion.engine import Engine
-from boomerang_batch.diffusion.guards import check_batching, synthetic_images
+from boomerang_batch.diffusion.parity import check_autoencoder, check_batching, synthetic_images
+from boomerang_batch.diffusion.schedule import NoiseLevels
+from boomerang_batch.diffusion.threads import run_apart, use_threads
 from boomerang_batch.errors import ModelError
 from boomerang_batch.models import load_denoiser
 from boomerang_batch.models.device import DTYPES, choose_device
@@ -36,12 +37,14 @@ def load(recipe: Recipe, *, device: str, threads: int, batch_size: int | None = 
     # In a thread that ends. OpenMP gives each thread that computes helpers of its own, for as long as it lives,
     # and where all of them together outnumber the cores, the engine's go to sleep at every barrier: a latent
     # model's run took a sixth longer.
-    with ThreadPoolExecutor(1, thread_name_prefix="boomerang-load") as thread:
-        return thread.submit(_load, recipe, device=device, threads=threads, batch_size=batch_size).result()
+    return run_apart(
+        lambda: _load(recipe, device=device, threads=threads, batch_size=batch_size), name="boomerang-load"
+    )
 
 
 def _load(recipe: Recipe, *, device: str, threads: int, batch_size: int | None) -> tuple[Engine, Walks]:
     denoiser = load_denoiser(recipe.model, device=device, threads=threads)
+    use_threads(threads)  # an installed factory may have changed it
     chosen = choose_device(device, dtype=recipe.model.dtype)
     check_fit(recipe, denoiser.spec)
     walks = Walks(recipe, denoiser.spec)
@@ -83,18 +86,24 @@ def _image_sizes(recipe: Recipe, model: DenoiserSpec) -> list[tuple[int, int]]:
 
 
 def _try_out(denoiser: Denoiser, samples: Sequence[Tensor], size: int, recipe: Recipe) -> None:
-    """`check_batching` for every size of image. Raises ModelError also where memory runs out."""
+    """The checks of `parity` for every size of image. Raises ModelError also where memory runs out."""
+    dtype = DTYPES[recipe.model.dtype]
 
     def check(count: int) -> None:
         for images in samples:
+            taus = _taus(denoiser.spec.levels_at(*images.shape[2:]))
             check_batching(
                 denoiser,
                 images,
-                _conditions(denoiser),
-                _taus(denoiser),
+                _conditions(denoiser, recipe),
+                taus,
                 count,
-                dtype=DTYPES[recipe.model.dtype],
+                dtype=dtype,
+                compiled=recipe.model.compile,
             )
+
+    for images in samples:
+        check_autoencoder(denoiser, images, recipe.model.autoencoder.batch_size, dtype=dtype)
 
     try:
         check(size)
@@ -111,25 +120,28 @@ def _try_out(denoiser: Denoiser, samples: Sequence[Tensor], size: int, recipe: R
     raise ModelError(f"memory runs out with batch_size: {size}; {advice}")
 
 
-def _conditions(denoiser: Denoiser) -> list[Condition]:
-    """Different labels where there are labels; else nothing, to a text model the recipe's prompt."""
-    spec = denoiser.spec
+def _conditions(denoiser: Denoiser, recipe: Recipe) -> list[Condition]:
+    """Different labels or prompts where samples have their own; else nothing: the one prompt for all."""
+    spec, prompts = denoiser.spec, recipe.model.prompts
     if spec.conditioning == "label":
         return [index % (spec.classes or 1) for index in range(_PROBES)]
+    if spec.conditioning == "prompt" and prompts is not None and prompts.field is not None:
+        return [f"a photograph of {'very ' * index}fine weather" for index in range(_PROBES)]
     return [None] * _PROBES
 
 
-def _taus(denoiser: Denoiser) -> list[float]:
-    taus = denoiser.spec.levels.tau
-    return [float(taus[(2 * index + 1) * len(taus) // (2 * _PROBES)]) for index in range(_PROBES)]
+def _taus(levels: NoiseLevels) -> list[float]:
+    """From all over a model's chain."""
+    count = len(levels.tau)
+    return [float(levels.tau[(2 * index + 1) * count // (2 * _PROBES)]) for index in range(_PROBES)]
 
 
 def _throughput(denoiser: Denoiser, images: Tensor, count: int) -> float:
     """Samples like `images` per second in batches of `count`, the better of two after one to warm up."""
     with torch.inference_mode():
         states = denoiser.encode(images[:1]).expand(count, -1, -1, -1)
-        tau = torch.full((count,), _taus(denoiser)[0], dtype=torch.float64)
-        conditions = _conditions(denoiser)[:1] * count
+        tau = torch.full((count,), _taus(denoiser.spec.levels)[0], dtype=torch.float64)
+        conditions: list[Condition] = [0 if denoiser.spec.conditioning == "label" else None] * count
         seconds = []
         for _ in range(3):
             started = time.perf_counter()

@@ -61,7 +61,7 @@ class Rows:
             row,
             t=t,
             node=schedule.n,
-            tau=float(schedule.tau[-1]),
+            tau=walk.tau[-1],
             sigma=schedule.relative_sigma,
             evaluations=schedule.n * passes,
         )

@@ -6,26 +6,22 @@ reads or encodes, the others' draws keep the device busy. A stop is honoured bet
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import logging
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from boomerang_batch import storage
 from boomerang_batch.data.images import Pixels, to_model_values
 from boomerang_batch.data.provenance import Marker, write_rows
-from boomerang_batch.data.shards import Sample, Unreadable, read_samples, write_shard
-from boomerang_batch.diffusion.engine import Draw, Engine
-from boomerang_batch.diffusion.guards import OVERFLOWS, Seen
+from boomerang_batch.data.shards import write_shard
+from boomerang_batch.diffusion.engine import Engine
 from boomerang_batch.diffusion.threads import use_threads
 from boomerang_batch.diffusion.transfer import to_device
-from boomerang_batch.errors import SampleError, ShardError, StoppedError, StorageError
+from boomerang_batch.errors import ShardError, StoppedError, StorageError
 from boomerang_batch.run.commit import commit, digest_file, read_marker
 from boomerang_batch.run.drawing import Drawing
 from boomerang_batch.run.ledger import Ledger
@@ -33,12 +29,10 @@ from boomerang_batch.run.links import write_links
 from boomerang_batch.run.loading import load, warnings
 from boomerang_batch.run.naming import Naming
 from boomerang_batch.run.private import load_secret
+from boomerang_batch.run.shard_drawing import ShardDrawing
 from boomerang_batch.run.stack import fingerprint, short_versions
-from boomerang_batch.run.stages import Made, Output
 from boomerang_batch.run.tasks import RunSpec, ShardReport, Task, WorkerFacts
 from boomerang_batch.run.transform import Transform
-
-_log = logging.getLogger(__name__)
 
 
 class Runner:
@@ -60,8 +54,7 @@ class Runner:
         )
         flags = None if recipe.model.safety == "unchecked" else functools.partial(_flagged, engine)
         self._transform = Transform(recipe, model, walks, naming, short_versions(stack), flags=flags)
-        self._value_range = model.value_range
-        self._drawing = Drawing(engine, recipe, self._transform)
+        self._drawing = Drawing(engine, dtype=recipe.model.dtype)
         self.facts = WorkerFacts(model_digest=model.digest, stack=stack, warnings=warnings(recipe, model))
 
     def run(self, task: Task, *, stopped: Callable[[], bool], progress: Callable[[int], None]) -> ShardReport:
@@ -102,68 +95,19 @@ class Runner:
     ) -> dict[str, int]:
         """Draw everything into a ledger, then commit it."""
         by_pseudonym = self._spec.recipe.purpose == "anonymize"
-        finished = 0
         with Ledger(scratch / "spool", by_pseudonym=by_pseudonym) as ledger:
-            finish = functools.partial(self._finish, ledger, Seen(self._value_range))
-            for made in self._drawing.run(self._draws(ledger, task, stopped, finish)):
-                finish(made)
-                finished += 1
-                progress(finished)
+            ShardDrawing(
+                task,
+                ledger,
+                drawing=self._drawing,
+                transform=self._transform,
+                keep_originals=self._spec.recipe.keep_originals,
+                # The reader's messages reach logs, which others may read: under anonymize they name the output.
+                shown=task.url if self._private_dir is None else task.name,
+                stopped=stopped,
+                progress=progress,
+            ).run()
             return self._commit(ledger, task, scratch)
-
-    def _draws(
-        self, ledger: Ledger, task: Task, stopped: Callable[[], bool], finish: Callable[[Made], None]
-    ) -> Iterator[Draw]:
-        """Read and prepare samples as the engine asks for them; what can't be prepared goes to the ledger.
-
-        A sample with nothing to draw, for its region is empty, is finished here.
-        """
-        shard = task.source_stem
-        told = f"stopped within shard {task.name}; run the same command to resume"
-        # The reader's messages reach logs, which others may read: under anonymize they name the output.
-        for item in _read(task.url, name=task.url if self._private_dir is None else task.name):
-            if stopped():
-                raise StoppedError(told)
-            if isinstance(item, Unreadable):
-                ledger.withdraw(*self._transform.unreadable(item, shard=shard))
-                continue
-            try:
-                with _sample_boundary():
-                    prepared = self._transform.prepare(item, shard=shard)
-                    original = self._transform.original(prepared) if self._spec.recipe.keep_originals else None
-            except SampleError as error:
-                for source, row in self._transform.failed(item, error, shard=shard):
-                    ledger.refuse(source, row)
-                continue
-            if original is not None:
-                ledger.add(prepared.source, original.row, original.member_key, original.fields)
-            for untouched in self._transform.untouched(prepared):
-                finish(untouched)
-            for draw in self._transform.draws(prepared):
-                if stopped():  # variants of one sample may fill many batches
-                    raise StoppedError(told)
-                yield draw
-
-    def _finish(self, ledger: Ledger, seen: Seen, made: Made) -> None:
-        """One output into the ledger, or the row that says why there is none; perhaps an earlier one's too."""
-        try:
-            with _sample_boundary():
-                output = self._checked(made, seen)
-        except SampleError as error:
-            for source, row in self._transform.failed_output(made, error):
-                ledger.refuse(source, row)
-        else:
-            ledger.add(made.prepared.source, output.row, output.member_key, output.fields)
-
-    def _checked(self, made: Made, seen: Seen) -> Output:
-        """The output; drawn once more in float32 if half precision made none. Raises SampleError."""
-        try:
-            return self._transform.finish(made, seen=seen)
-        except SampleError as error:
-            again = self._drawing.again(made) if error.reason in OVERFLOWS else None
-            if again is None:
-                raise
-            return self._transform.finish(again, seen=seen)
 
     def _commit(self, ledger: Ledger, task: Task, scratch: Path) -> dict[str, int]:
         rows = ledger.rows()
@@ -191,26 +135,3 @@ def _flagged(engine: Engine, pixels: Pixels) -> bool:
     """Whether the model's safety checker objects to an output (H, W, 3)."""
     values = torch.from_numpy(to_model_values(pixels, engine.denoiser.spec.value_range))
     return any(engine.denoiser.flagged(to_device(values[None], engine.device)))
-
-
-def _read(url: str, *, name: str) -> Iterator[Sample | Unreadable]:
-    """A shard's samples. Whatever goes wrong with reading is this shard's misfortune, not the run's."""
-    try:
-        with storage.open_read(url) as stream:
-            yield from read_samples(stream, shard=name)
-    except StorageError as error:
-        raise ShardError(str(error)) from error
-    except OSError as error:
-        raise ShardError(f"{url}: reading broke off: {error.strerror or error}") from error
-
-
-@contextlib.contextmanager
-def _sample_boundary() -> Iterator[None]:
-    """Nothing that happens inside can cost more than one sample: an unforeseen error becomes a row too."""
-    try:
-        yield
-    except (SampleError, MemoryError):
-        raise
-    except Exception as error:
-        _log.exception("unforeseen error in one sample; please report it")
-        raise SampleError("internal-error", f"{type(error).__name__}: {error}") from error

@@ -16,9 +16,9 @@ from boomerang_batch.data.provenance import Row, Status
 from boomerang_batch.data.shards import Sample, Unreadable, check_name
 from boomerang_batch.diffusion.denoiser import Condition, DenoiserSpec
 from boomerang_batch.diffusion.engine import Draw
-from boomerang_batch.diffusion.guards import RepeatedOutputError, Seen, check_changed, check_output
 from boomerang_batch.errors import SampleError
 from boomerang_batch.run.canvas import Layout
+from boomerang_batch.run.guards import RepeatedOutputError, Seen, check_changed, check_output
 from boomerang_batch.run.ledger import Source
 from boomerang_batch.run.naming import ORIGINAL, Naming, member_key, refuse_reserved_key
 from boomerang_batch.run.rows import Rows
@@ -126,10 +126,14 @@ class Transform:
         numbers = range(1, count + 1) if self._recipe.passes.outputs == "all" else [count]
         return itertools.product(range(self._recipe.variants), numbers)
 
+    def nothing_seen(self) -> Seen:
+        """What `finish` compares with, before a task's first output."""
+        return Seen(self._model.value_range)
+
     def finish(self, made: Made, *, seen: Seen) -> Output:
         """Check, restore and encode what was drawn; `seen` are the task's other outputs. Raises SampleError."""
         prepared, recipe = made.prepared, self._recipe
-        number = self._number(made.variant, made.pass_number)
+        number = self.number(made)
         for index, (piece, x_0) in enumerate(zip(prepared.canvas.pieces, made.pieces, strict=True)):
             check_output(x_0, piece.image, value_range=self._model.value_range)
             if prepared.walks[made.variant].walk.n:
@@ -180,7 +184,7 @@ class Transform:
 
         Of two equal outputs both go, so that it doesn't matter which one came first.
         """
-        prepared, number = made.prepared, self._number(made.variant, made.pass_number)
+        prepared, number = made.prepared, self.number(made)
         yield self._refused(prepared.source, error, shard=prepared.shard, number=number)
         if isinstance(error, RepeatedOutputError) and isinstance(first := error.first, Place):
             yield self._refused(first.source, error, shard=first.shard, number=first.number)
@@ -196,10 +200,15 @@ class Transform:
         source = Source(key=item.key, offset=item.offset, detail=item.detail)
         return source, self._rows.bad("unreadable", source, shard=shard, number=0, reason=item.reason)
 
-    def _number(self, variant: int, pass_number: int) -> int:
+    def number(self, made: Made) -> int:
         """An output's number, the variant column: passes that are outputs count like variants."""
         passes = self._recipe.passes
-        return variant * passes.count + pass_number - 1 if passes.outputs == "all" else variant
+        return made.variant * passes.count + made.pass_number - 1 if passes.outputs == "all" else made.variant
+
+    def variant(self, number: int) -> int:
+        """The variant of an output's number."""
+        passes = self._recipe.passes
+        return number // passes.count if passes.outputs == "all" else number
 
     def _condition(self, sample: Sample) -> Condition:
         """What the sample is drawn under: its label, its own prompt or everybody's, or nothing."""

@@ -1,0 +1,164 @@
+"""Everything that is drawn for one shard, on its way into the shard's ledger.
+
+What half precision may be to blame for is refused at first. When all else is done, the shard is read again and
+those outputs are drawn once more with the network in float32 and the same noise, whichever of them came first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+
+from boomerang_batch import storage
+from boomerang_batch.data.shards import Sample, Unreadable, read_samples
+from boomerang_batch.diffusion.engine import Draw
+from boomerang_batch.errors import ModelError, SampleError, ShardError, StoppedError, StorageError
+from boomerang_batch.run.drawing import Drawing
+from boomerang_batch.run.guards import RETRIED
+from boomerang_batch.run.ledger import Ledger
+from boomerang_batch.run.stages import Made
+from boomerang_batch.run.tasks import Task
+from boomerang_batch.run.transform import Transform
+
+_log = logging.getLogger(__name__)
+
+
+class ShardDrawing:
+    """One task's samples, drawn by `drawing` and put into `ledger`. `shown` names the shard in messages.
+
+    A stop is honoured between samples. `progress` is called with the number of outputs finished so far.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        ledger: Ledger,
+        *,
+        drawing: Drawing,
+        transform: Transform,
+        keep_originals: bool,
+        shown: str,
+        stopped: Callable[[], bool],
+        progress: Callable[[int], None],
+    ) -> None:
+        self._task = task
+        self._ledger = ledger
+        self._drawing = drawing
+        self._transform = transform
+        self._keep_originals = keep_originals
+        self._shown = shown
+        self._stopped = stopped
+        self._progress = progress
+        self._seen = transform.nothing_seen()
+        self._suspects: set[tuple[int, int]] = set()
+        """Outputs by their sample's offset and their own number."""
+        self._finished = 0
+
+    def run(self) -> None:
+        """Draw it all.
+
+        Raises ShardError where the shard can't be read, StoppedError, StorageError, and what the engine raises.
+        """
+        for made in self._drawing.run(self._draws()):
+            self._finish(made)
+            self._finished += 1
+            self._progress(self._finished)
+        if self._suspects and not self._drawing.exact:
+            self._look_again()
+
+    def _draws(self) -> Iterator[Draw]:
+        """Read and prepare samples as the engine asks for them; what can't be prepared goes to the ledger.
+
+        A sample with nothing to draw, for its region is empty, is finished here.
+        """
+        shard, ledger, transform = self._task.source_stem, self._ledger, self._transform
+        for item in self._read():
+            if isinstance(item, Unreadable):
+                ledger.withdraw(*transform.unreadable(item, shard=shard))
+                continue
+            try:
+                with _sample_boundary():
+                    prepared = transform.prepare(item, shard=shard)
+                    original = transform.original(prepared) if self._keep_originals else None
+            except SampleError as error:
+                for source, row in transform.failed(item, error, shard=shard):
+                    ledger.refuse(source, row)
+                continue
+            if original is not None:
+                ledger.add(prepared.source, original.row, original.member_key, original.fields)
+            for untouched in transform.untouched(prepared):
+                self._finish(untouched)
+            for draw in transform.draws(prepared):
+                self._mind_stop()  # variants of one sample may fill many batches
+                yield draw
+
+    def _look_again(self) -> None:
+        """Draw the suspects in float32. Where memory can't hold that they stay refused."""
+        suspects, self._suspects = self._suspects, set()
+        self._seen = self._transform.nothing_seen()
+        try:
+            for made in self._drawing.run_in_float32(self._draws_of(suspects)):
+                if (made.prepared.source.offset, self._transform.number(made)) in suspects:
+                    self._finish(made)
+                    self._progress(self._finished)
+        except ModelError as error:
+            _log.warning(
+                "shard %s: %d outputs stay refused that float32 might have saved: %s",
+                self._task.name,
+                len(suspects),
+                error,
+            )
+
+    def _draws_of(self, suspects: set[tuple[int, int]]) -> Iterator[Draw]:
+        """The draws behind some outputs. A cascade that is drawn again gives its other passes too."""
+        variants = {(offset, self._transform.variant(number)) for offset, number in suspects}
+        offsets = {offset for offset, _ in suspects}
+        for item in self._read():
+            if isinstance(item, Sample) and item.offset in offsets:
+                prepared = self._transform.prepare(item, shard=self._task.source_stem)
+                for draw in self._transform.draws(prepared):
+                    if (item.offset, draw.tag.variant) in variants:
+                        yield draw
+
+    def _finish(self, made: Made) -> None:
+        """One output into the ledger, or the row that says why there is none; perhaps an earlier one's too."""
+        try:
+            with _sample_boundary():
+                output = self._transform.finish(made, seen=self._seen)
+        except SampleError as error:
+            for source, row in self._transform.failed_output(made, error):
+                self._ledger.refuse(source, row)
+                if error.reason in RETRIED:
+                    self._suspects.add((source.offset, row.variant))
+        else:
+            self._ledger.add(made.prepared.source, output.row, output.member_key, output.fields)
+
+    def _read(self) -> Iterator[Sample | Unreadable]:
+        """The shard's samples. Whatever goes wrong with reading is this shard's misfortune, not the run's."""
+        url = self._task.url
+        try:
+            with storage.open_read(url) as stream:
+                for item in read_samples(stream, shard=self._shown):
+                    self._mind_stop()
+                    yield item
+        except StorageError as error:
+            raise ShardError(str(error)) from error
+        except OSError as error:
+            raise ShardError(f"{url}: reading broke off: {error.strerror or error}") from error
+
+    def _mind_stop(self) -> None:
+        if self._stopped():
+            raise StoppedError(f"stopped within shard {self._task.name}; run the same command to resume")
+
+
+@contextlib.contextmanager
+def _sample_boundary() -> Iterator[None]:
+    """Nothing that happens inside can cost more than one sample: an unforeseen error becomes a row too."""
+    try:
+        yield
+    except (SampleError, MemoryError):
+        raise
+    except Exception as error:
+        _log.exception("unforeseen error in one sample; please report it")
+        raise SampleError("internal-error", f"{type(error).__name__}: {error}") from error
