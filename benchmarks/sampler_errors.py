@@ -20,7 +20,14 @@ from boomerang_batch.diffusion.boomerang import KeyedNoise, boomerang
 from boomerang_batch.diffusion.denoiser import Condition, Denoiser
 from boomerang_batch.diffusion.noise import noise_key, seed_material
 from boomerang_batch.diffusion.samplers import Solver, build_solver, jump, step
-from boomerang_batch.diffusion.schedule import NoiseLevels, Schedule, build_schedule, flow_levels, vp_levels
+from boomerang_batch.diffusion.schedule import (
+    NoiseLevels,
+    Schedule,
+    build_schedule,
+    flow_levels,
+    ve_levels,
+    vp_levels,
+)
 from boomerang_batch.models import load_denoiser
 
 REFERENCE = 200
@@ -48,14 +55,21 @@ SAMPLERS = {
     "DPM-Solver++(2M)": Sampler(kind="vp", eta=0.0, order=2),
     "flow ancestral": Sampler(kind="flow", eta=1.0),
     "flow Euler": Sampler(kind="flow", eta=0.0),
+    "flow DPM-Solver++(2M)": Sampler(kind="flow", eta=0.0, order=2),
+    "VE Euler": Sampler(kind="ve", eta=0.0),
 }
 
 
 def chain(kind: str) -> NoiseLevels:
-    """The cosine chain, or flow matching without a shift."""
+    """The cosine chain, flow matching without a shift, or the geometric variance-exploding chain.
+
+    All have relative noise 1 at half their length.
+    """
     if kind == "flow":
         s = torch.arange(1, TRAIN_STEPS + 1, dtype=torch.float64) / TRAIN_STEPS
         return flow_levels(s, s * TRAIN_STEPS)
+    if kind == "ve":
+        return ve_levels(torch.logspace(-2, 2, TRAIN_STEPS, dtype=torch.float64), torch.arange(TRAIN_STEPS))
     from boomerang_batch.demo.train import build_scheduler
 
     return vp_levels(build_scheduler().alphas_cumprod)

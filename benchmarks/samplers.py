@@ -19,7 +19,9 @@ the root mean square difference of their outputs to 200 evaluations of DPM-Solve
 DDPM, whose further noise is another where the nodes are, by how much larger or smaller its root mean square
 change is. The floor is that number between two seeds of 200 evaluations.
 
-Flow samplers walk a flow-matching chain and so are in the closed forms alone. All steps are the project's own.
+Flow samplers walk a flow-matching chain, VE Euler a variance-exploding one whose nodes are even in the
+logarithm of the noise, so these are in the closed forms alone. (On one chain DDIM and Euler are the same step.)
+All steps are the project's own.
 """
 
 from __future__ import annotations
