@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,21 @@ def test_withdrawals_cost_the_same_however_long_the_shard_is(tmp_path: Path):
         for number in range(20_000):
             ledger.withdraw(Source(key=f"x{number}", offset=number), row(f"x{number}", 0, "unreadable"))
         assert time.process_time() - started < 5  # it once took minutes
+
+
+@pytest.mark.parametrize("by_pseudonym", [False, True])
+def test_an_output_costs_memory_next_to_nothing(tmp_path: Path, by_pseudonym: bool):
+    """Its bytes and its row are on disk: a shard of a million must not fill a worker."""
+    count, data = 5_000, {"png": bytes(2_000), "cls": b"3"}
+    tracemalloc.start()
+    try:
+        with Ledger(tmp_path / "spool", by_pseudonym=by_pseudonym) as ledger:
+            for number in range(count):
+                source = Source(key=f"sample{number:07d}", offset=number)
+                ledger.add(source, row(f"{number:064d}"), f"{number:064d}", data)
+            assert tracemalloc.get_traced_memory()[0] < 1_000 * count
+            tracemalloc.reset_peak()
+            assert sum(1 for _ in ledger.rows()) == sum(1 for _ in ledger.samples()) == count
+            assert tracemalloc.get_traced_memory()[1] < 1_100 * count
+    finally:
+        tracemalloc.stop()

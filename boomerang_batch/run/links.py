@@ -7,13 +7,14 @@ always has its links. It also keeps what OUT may not: the sentence that says why
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from boomerang_batch import storage
-from boomerang_batch.data.provenance import Row
+from boomerang_batch.data.provenance import ROW_GROUP_ROWS, Row
 from boomerang_batch.run.ledger import Source
 from boomerang_batch.run.tasks import Task
 
@@ -31,9 +32,9 @@ SCHEMA = pa.schema(
 )
 
 
-def write_links(private_dir: str, task: Task, rows: Sequence[tuple[Source, Row]]) -> None:
+def write_links(private_dir: str, task: Task, rows: Iterable[tuple[Source, Row]]) -> None:
     """Publish the links of one shard. Built in memory: a killed worker leaves its scratch folder behind."""
-    records = [
+    records = (
         {
             "row_key": row.key,
             "variant": row.variant,
@@ -45,9 +46,11 @@ def write_links(private_dir: str, task: Task, rows: Sequence[tuple[Source, Row]]
             "offset": source.offset,
         }
         for source, row in rows
-    ]
+    )
     built = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(records, schema=SCHEMA), built, compression="zstd")
+    with pq.ParquetWriter(built, SCHEMA, compression="zstd") as writer:
+        while group := list(itertools.islice(records, ROW_GROUP_ROWS)):
+            writer.write_table(pa.Table.from_pylist(group, schema=SCHEMA))
     folder = storage.join(private_dir, "links")
     storage.make_folder(folder)
     storage.publish_bytes(built.getvalue(), storage.join(folder, f"{task.name}.parquet"))

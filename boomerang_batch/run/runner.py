@@ -110,13 +110,12 @@ class Runner:
             return self._commit(ledger, task, scratch)
 
     def _commit(self, ledger: Ledger, task: Task, scratch: Path) -> dict[str, int]:
-        rows = ledger.rows()
         tar, provenance = scratch / "shard.tar", scratch / "provenance.parquet"
         write_shard(tar, ledger.samples())
-        write_rows(provenance, [row for _, row in rows])
+        write_rows(provenance, (row for _, row in ledger.rows()))
         if self._private_dir is not None:
-            write_links(self._private_dir, task, rows)
-        counts: dict[str, int] = dict(sorted(Counter(str(row.status) for _, row in rows).items()))
+            write_links(self._private_dir, task, ledger.rows())
+        counts: dict[str, int] = dict(sorted(Counter(str(row.status) for _, row in ledger.rows()).items()))
         tar_digest, provenance_digest = digest_file(tar), digest_file(provenance)
         marker = Marker(
             stem=task.name,

@@ -57,7 +57,7 @@ class Made:
     dtype: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
     """A piece of an output, by where its noise came from; with what refusing that output takes."""
 
