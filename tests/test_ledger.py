@@ -86,7 +86,7 @@ def test_withdrawals_cost_the_same_however_long_the_shard_is(tmp_path: Path):
 @pytest.mark.parametrize("by_pseudonym", [False, True])
 def test_an_output_costs_memory_next_to_nothing(tmp_path: Path, by_pseudonym: bool):
     """Its bytes and its row are on disk: a shard of a million must not fill a worker."""
-    count, data = 5_000, {"png": bytes(2_000), "cls": b"3"}
+    count, data = 1_000, {"png": bytes(2_000), "cls": b"3"}
     tracemalloc.start()
     try:
         with Ledger(tmp_path / "spool", by_pseudonym=by_pseudonym) as ledger:
