@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,14 @@ import torch
 from torch import Tensor
 
 from boomerang_batch.diffusion.denoiser import Condition
-from boomerang_batch.errors import ModelError
+from boomerang_batch.diffusion.engine import Draw
+from boomerang_batch.errors import ModelError, SampleError
 from boomerang_batch.models.pixel import PixelDenoiser
+from boomerang_batch.run.drawing import Drawing
+from boomerang_batch.run.guards import Seen
+from boomerang_batch.run.shard_drawing import ShardDrawing
+from boomerang_batch.run.stages import Made, Output
+from boomerang_batch.run.transform import Transform
 from boomerang_batch.run.verify import verify
 from tests import stand_ins, worlds
 from tests.stand_ins import Pixelwise
@@ -142,19 +150,127 @@ def test_of_equal_outputs_none_is_saved_whichever_came_first(
     assert outputs[0] == outputs[1]
 
 
+@pytest.mark.parametrize("order", list(itertools.permutations("ACB")), ids="".join)
+def test_equal_outputs_are_refused_beside_a_twin_of_one_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: tuple[str, ...]
+):
+    """A and C are one image, which may give one output; but here B gives it too."""
+    stand_ins.install(monkeypatch, Faulty({2: lambda row: COLLAPSED}))
+    pictures = {"A": 1, "C": 1, "B": 2}
+    samples = {key: {"png": worlds.png(pictures[key]), "cls": b"2"} for key in order}
+    manifest = worlds.save_samples(tmp_path / "in", samples)
+    worlds.run(stand_ins.recipe(LABELLED, "identity=content"), manifest, tmp_path / "out")
+    assert reasons(tmp_path / "out") == dict.fromkeys(order, "output-repeated")
+
+
+HALF = "model.dtype=bfloat16"
+
+
+def test_only_what_was_refused_is_saved_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of variants and passes, each by itself."""
+    spoilt, real = {("n1", 3), ("n2", 4)}, Transform.finish
+
+    def finish(self: Transform, made: Made, *, seen: Seen) -> Output:
+        if made.dtype == "bfloat16" and (made.prepared.source.key, self.number(made)) in spoilt:
+            raise SampleError("non-finite-output", "a test says so")
+        return real(self, made, seen=seen)
+
+    drawn, run = [], Drawing.run_in_float32
+
+    def run_in_float32(self: Drawing, draws: Iterable[Draw]) -> Iterator[Made]:
+        wanted = list(draws)
+        drawn.extend((one.tag.prepared.source.key, one.tag.variant) for one in wanted)
+        return run(self, wanted)
+
+    monkeypatch.setattr(Transform, "finish", finish)
+    monkeypatch.setattr(Drawing, "run_in_float32", run_in_float32)
+    stand_ins.install(monkeypatch, Faulty.with_twin({}, "sound"))
+    manifest = labelled(tmp_path / "in", 0, 1, 2)
+    recipe = stand_ins.recipe(LABELLED, HALF, "variants=2", "passes={count: 3, outputs: all}")
+    assert worlds.run(recipe, manifest, tmp_path / "out").rows == {"ok": 18}
+    assert verify(str(tmp_path / "out"), deep=True).problems == ()
+    rows = worlds.rows(tmp_path / "out")
+    assert {(row.key, row.variant) for row in rows if row.dtype == "float32"} == spoilt
+    assert drawn == [("n1", 1), ("n2", 1)]
+
+
+def test_a_float32_output_is_compared_with_those_of_half_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model = Faulty({1: NAN, 2: lambda row: COLLAPSED}, {1: lambda row: COLLAPSED})
+    stand_ins.install(monkeypatch, model)
+    manifest = labelled(tmp_path / "in", 0, 1, 2)
+    worlds.run(stand_ins.recipe(LABELLED, HALF), manifest, tmp_path / "out")
+    assert reasons(tmp_path / "out") == {"n0": None, "n1": "output-repeated", "n2": "output-repeated"}
+
+
+def test_a_stop_is_heeded_while_float32_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    stop, calls = threading.Event(), []
+
+    class Twin(Faulty):
+        def denoise(self, x_t: Tensor, tau: Tensor, conditions: Sequence[Condition]) -> Tensor:
+            stop.set()
+            calls.append(len(x_t))
+            return super().denoise(x_t, tau, conditions)
+
+    monkeypatch.setattr(Faulty, "in_float32", lambda self: Twin({}))
+    stand_ins.install(monkeypatch, Faulty({2: NAN}))
+    manifest = labelled(tmp_path / "in", 2)
+    recipe = stand_ins.recipe(LABELLED, HALF, "variants=400")
+    assert worlds.run(recipe, manifest, tmp_path / "out", stop=stop).exit_code == 75
+    assert len(calls) < 100
+    assert worlds.outputs(tmp_path / "out") == {}
+
+
+@pytest.mark.parametrize("what", ["pixels", "label", "key", "gone", "undecodable"])
+def test_an_input_that_changes_between_the_looks_costs_its_shard_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+):
+    stand_ins.install(monkeypatch, Faulty.with_twin({2: NAN}, "sound"))
+    good = {f"n{n}": {"png": worlds.png(n), "cls": b"2" if n == 1 else b"0"} for n in range(3)}
+    manifest = worlds.save_samples(tmp_path / "in", good, {"m": {"png": worlds.png(9), "cls": b"0"}})
+    changed = {key: dict(fields) for key, fields in good.items()}
+    if what == "key":
+        changed["x1"] = changed.pop("n1")
+    elif what == "gone":
+        del changed["n1"]
+    elif what == "label":
+        changed["n1"]["cls"] = b"3"
+    else:
+        changed["n1"]["png"] = worlds.png(77) if what == "pixels" else b"no picture"
+    first = sorted((tmp_path / "in").glob("*.tar"))[0]
+    other = worlds.save_samples(tmp_path / "other", dict(sorted(changed.items())))
+    real = ShardDrawing._look_again
+
+    def look_again(self: ShardDrawing) -> None:
+        first.write_bytes(next(other.parent.glob("*.tar")).read_bytes())
+        real(self)
+
+    monkeypatch.setattr(ShardDrawing, "_look_again", look_again)
+    report = worlds.run(stand_ins.recipe(LABELLED, HALF), manifest, tmp_path / "out")
+    assert report.exit_code == 3
+    assert list(worlds.outputs(tmp_path / "out")) == ["m"]
+
+
 def test_where_float32_does_not_fit_what_was_refused_stays_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
+    asked = []
+
     def no_memory(self: Faulty) -> Pixelwise:
+        asked.append(self)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(Faulty, "in_float32", no_memory)
     stand_ins.install(monkeypatch, Faulty({2: NAN}))
-    manifest = labelled(tmp_path / "in", 0, 2, 1)
-    report = worlds.run(stand_ins.recipe(LABELLED, "model.dtype=bfloat16"), manifest, tmp_path / "out")
+    shards = [{f"s{s}": {"png": worlds.png(s), "cls": b"%d" % (2 * (s % 2))}} for s in range(4)]
+    manifest = worlds.save_samples(tmp_path / "in", *shards)
+    report = worlds.run(stand_ins.recipe(LABELLED, HALF), manifest, tmp_path / "out")
     assert report.exit_code == 3
-    assert reasons(tmp_path / "out") == {"n0": None, "n1": "non-finite-output", "n2": None}
-    assert "1 outputs stay refused that float32 might have saved: memory can't hold" in caplog.text
+    bad = "non-finite-output"
+    assert reasons(tmp_path / "out") == {"s0": None, "s1": bad, "s2": None, "s3": bad}
+    assert caplog.text.count("1 outputs stay refused that float32 might have saved: memory can't hold") == 2
+    assert len(asked) == 1
 
 
 def test_one_image_under_one_name_may_give_one_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -226,6 +342,21 @@ def test_an_autoencoder_that_mixes_its_batch_is_refused(tmp_path: Path, monkeypa
         worlds.run(stand_ins.recipe("model.autoencoder={batch_size: 4}"), manifest, tmp_path / "out")
     worlds.run(stand_ins.recipe(), manifest, tmp_path / "other")  # one image at a time is fine
     assert set(reasons(tmp_path / "other").values()) == {None}
+
+
+class MixingWideEncoder(Pixelwise):
+    """An autoencoder that mixes images of one size only."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        return images - 0.1 * images.mean(dim=0) if images.shape[-1] == 16 else images
+
+
+def test_the_autoencoder_is_tried_out_on_every_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    stand_ins.install(monkeypatch, MixingWideEncoder(latent=True))
+    manifest = worlds.save_shards(tmp_path / "in", shards=1, samples=2)
+    recipe = stand_ins.recipe("images.sizes=[[24, 8], [16, 8]]", "model.autoencoder={batch_size: 4}")
+    with pytest.raises(ModelError, match="change one another in its encoder"):
+        worlds.run(recipe, manifest, tmp_path / "out")
 
 
 def test_every_bucket_is_tried_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

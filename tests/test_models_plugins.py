@@ -291,12 +291,8 @@ def test_what_it_offers_beyond_that_is_used():
         def flagged(self, images):
             return [bool(image.mean() > 0) for image in images]
 
-        def in_float32(self):
-            return Good(self.spec)
-
     denoiser = load(Checked(replace(SPEC, safety=True)), safety="drop")
     assert denoiser.flagged(torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1)) == [False, True]
-    assert denoiser.in_float32().made == Good(denoiser.in_float32().made.spec)
 
 
 @pytest.mark.usefixtures("mine")

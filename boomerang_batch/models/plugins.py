@@ -1,7 +1,7 @@
 """Denoisers of other makes: installed entry points of the group `boomerang_batch.denoisers`.
 
 `model.source: entry-point:NAME` calls the installed factory NAME as factory(options, device), which returns a
-`Denoiser`; docs/denoisers.md shows one. It may leave out `flagged` and `in_float32`. What it returns is checked
+`Denoiser`; docs/denoisers.md shows one. It may leave out `flagged`. What it returns is checked
 by one tiny call before a run starts, and its distribution's version becomes part of the model's digest.
 """
 
@@ -53,10 +53,8 @@ class InstalledDenoiser:
         return list(self.made.flagged(images)) if self.spec.safety else [False] * len(images)
 
     def in_float32(self) -> Denoiser:
-        """The same model in full precision; itself where the maker offers no other."""
-        if not hasattr(self.made, "in_float32"):
-            return self
-        return InstalledDenoiser(spec=self.spec, made=self.made.in_float32())
+        """Itself: its precision is its maker's business, and the recipe's dtype is not for it."""
+        return self
 
 
 def load_installed(spec: ModelSpec, *, device: str, threads: int | None) -> Denoiser:

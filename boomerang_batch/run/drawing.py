@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from boomerang_batch.diffusion.batch_size import is_out_of_memory
-from boomerang_batch.diffusion.denoiser import Denoiser
 from boomerang_batch.diffusion.engine import Draw, Drawn, Engine
 from boomerang_batch.errors import ModelError
 from boomerang_batch.run.stages import Made, PieceTag
@@ -33,6 +32,8 @@ class Drawing:
         self._engine = engine
         self._dtype = dtype
         self._exact: Engine | None = None
+        self._no_exact: str | None = None
+        """Why there can't be one."""
         self._making = threading.Lock()
 
     def run(self, draws: Iterable[Draw]) -> Iterator[Made]:
@@ -40,8 +41,18 @@ class Drawing:
         return self._whole(self._engine, draws, dtype=self._dtype)
 
     def run_in_float32(self, draws: Iterable[Draw]) -> Iterator[Made]:
-        """The same with the network in float32. Raises ModelError also where memory can't hold that beside."""
-        return self._whole(self._exact_engine(), draws, dtype="float32")
+        """The same with the network in float32.
+
+        Raises ModelError where memory can't hold that beside the other, and ever after.
+        """
+        engine = self._exact_engine()
+        try:
+            yield from self._whole(engine, draws, dtype="float32")
+        except ModelError as error:
+            with self._making:
+                self._exact, self._no_exact = None, str(error)
+            engine.close()
+            raise
 
     @property
     def exact(self) -> bool:
@@ -67,17 +78,16 @@ class Drawing:
 
     def _exact_engine(self) -> Engine:
         with self._making:
+            if self._exact is None and self._no_exact is None:
+                try:
+                    self._exact = self._engine.with_denoiser(self._engine.denoiser.in_float32())
+                except (MemoryError, RuntimeError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    self._no_exact = "memory can't hold the model in float32 beside itself"
             if self._exact is None:
-                self._exact = self._engine.with_denoiser(self._in_float32())
+                raise ModelError(self._no_exact)
             return self._exact
-
-    def _in_float32(self) -> Denoiser:
-        try:
-            return self._engine.denoiser.in_float32()
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise ModelError("memory can't hold the model in float32 beside itself") from None
 
 
 def _made(drawn: Drawn, parts: _Parts, dtype: str) -> Made:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 from torch import Tensor
@@ -53,14 +53,14 @@ def check_changed(x_0: Tensor, source: Tensor, *, value_range: ValueRange) -> No
 
 
 class RepeatedOutputError(SampleError):
-    """Two draws gave the same output; `first` is the one that was there before, as good or bad as this one."""
+    """Several draws gave the same output; `others` were there before, and not refused yet."""
 
-    def __init__(self, first: Hashable) -> None:
+    def __init__(self, others: Sequence[Hashable]) -> None:
         super().__init__(
             "output-repeated",
             "the model gave this sample exactly what it gave another one drawn with other noise",
         )
-        self.first = first
+        self.others = others
 
 
 class Seen:
@@ -71,20 +71,25 @@ class Seen:
 
     def __init__(self, value_range: ValueRange) -> None:
         self._range = value_range
-        self._draws: dict[bytes, Hashable] = {}
+        self._draws: dict[bytes, list[Hashable] | None] = {}
+        """Who gave an output, by its digest; None once they were refused, as all will be who give it again."""
 
     def check(self, x_0: Tensor, *, draw: Hashable) -> None:
         """Raise RepeatedOutputError if another draw gave just this output (C, H, W), unless it has no contrast.
 
-        `draw` names where the noise came from: noise key and pass. Equal images under one noise key rightly
-        give equal outputs, and so does a repetition. For outputs that took at least one evaluation.
+        In the end all who gave it are refused, whatever their order. `draw` names where the noise came from:
+        noise key and pass. Equal images under one noise key rightly give equal outputs, and so does a
+        repetition. For outputs that took at least one evaluation.
         """
         if _contrast(x_0, self._range) < _FLAT:
             return
         digest = hashlib.blake2b(x_0.numpy().tobytes(), digest_size=16).digest()
-        first = self._draws.setdefault(digest, draw)
-        if first != draw:
-            raise RepeatedOutputError(first)
+        draws = self._draws.setdefault(digest, [])
+        if draws is not None and all(one == draw for one in draws):
+            draws.append(draw)
+            return
+        self._draws[digest] = None
+        raise RepeatedOutputError(draws or ())
 
 
 def _contrast(image: Tensor, value_range: ValueRange) -> float:

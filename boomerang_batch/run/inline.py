@@ -22,7 +22,7 @@ class InlinePool:
         self._runner: Runner | None = None
 
     def start(self, *, stop: threading.Event) -> WorkerFacts:
-        """Load the model, which nothing interrupts."""
+        """Load the model. A stop that is asked for meanwhile is heeded after that."""
         self._runner = Runner(self._spec)
         return self._runner.facts
 

@@ -53,6 +53,8 @@ def _load(recipe: Recipe, *, device: str, threads: int, batch_size: int | None) 
         synthetic_images(denoiser.spec, _PROBES, size=image, device=chosen)
         for image in _image_sizes(recipe, denoiser.spec)
     ]
+    for image in _image_sizes(recipe, denoiser.spec):
+        denoiser.spec.levels_at(*image)  # which refuses a size the model can't draw
     if size is None:
         size = find_batch_size(lambda count: _throughput(denoiser, samples[0], count), _LARGEST_AUTO)
     _try_out(denoiser, samples, size, recipe)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from boomerang_batch import storage
 from boomerang_batch.data.shards import Sample, Unreadable, read_samples
@@ -17,7 +17,7 @@ from boomerang_batch.errors import ModelError, SampleError, ShardError, StoppedE
 from boomerang_batch.run.drawing import Drawing
 from boomerang_batch.run.guards import RETRIED
 from boomerang_batch.run.ledger import Ledger
-from boomerang_batch.run.stages import Made
+from boomerang_batch.run.stages import Made, Prepared
 from boomerang_batch.run.tasks import Task
 from boomerang_batch.run.transform import Transform
 
@@ -51,8 +51,8 @@ class ShardDrawing:
         self._stopped = stopped
         self._progress = progress
         self._seen = transform.nothing_seen()
-        self._suspects: set[tuple[int, int]] = set()
-        """Outputs by their sample's offset and their own number."""
+        self._suspects: dict[tuple[int, int], int] = {}
+        """Outputs by their sample's offset and their own number, with the sample's fingerprint."""
         self._finished = 0
 
     def run(self) -> None:
@@ -79,7 +79,7 @@ class ShardDrawing:
                 continue
             try:
                 with _sample_boundary():
-                    prepared = transform.prepare(item, shard=shard)
+                    prepared = self._prepare(item)
                     original = transform.original(prepared) if self._keep_originals else None
             except SampleError as error:
                 for source, row in transform.failed(item, error, shard=shard):
@@ -95,8 +95,7 @@ class ShardDrawing:
 
     def _look_again(self) -> None:
         """Draw the suspects in float32. Where memory can't hold that they stay refused."""
-        suspects, self._suspects = self._suspects, set()
-        self._seen = self._transform.nothing_seen()
+        suspects, self._suspects = self._suspects, {}
         try:
             for made in self._drawing.run_in_float32(self._draws_of(suspects)):
                 if (made.prepared.source.offset, self._transform.number(made)) in suspects:
@@ -110,16 +109,33 @@ class ShardDrawing:
                 error,
             )
 
-    def _draws_of(self, suspects: set[tuple[int, int]]) -> Iterator[Draw]:
-        """The draws behind some outputs. A cascade that is drawn again gives its other passes too."""
+    def _draws_of(self, suspects: Mapping[tuple[int, int], int]) -> Iterator[Draw]:
+        """The draws behind some outputs. A cascade that is drawn again gives its other passes too.
+
+        Raises ShardError where the shard is no longer what it was.
+        """
         variants = {(offset, self._transform.variant(number)) for offset, number in suspects}
-        offsets = {offset for offset, _ in suspects}
+        missing = {offset: fingerprint for (offset, _), fingerprint in suspects.items()}
         for item in self._read():
-            if isinstance(item, Sample) and item.offset in offsets:
-                prepared = self._transform.prepare(item, shard=self._task.source_stem)
-                for draw in self._transform.draws(prepared):
-                    if (item.offset, draw.tag.variant) in variants:
-                        yield draw
+            if item.offset not in missing:
+                continue
+            prepared = self._prepared_again(item)
+            if prepared is None or prepared.fingerprint != missing[item.offset]:
+                break
+            del missing[item.offset]
+            for draw in self._transform.draws(prepared):
+                if (item.offset, draw.tag.variant) in variants:
+                    self._mind_stop()
+                    yield draw
+        if missing:
+            raise ShardError(f"{self._shown} changed while it was worked on; nothing of it was kept")
+
+    def _prepared_again(self, item: Sample | Unreadable) -> Prepared | None:
+        try:
+            with _sample_boundary():
+                return None if isinstance(item, Unreadable) else self._prepare(item)
+        except SampleError:
+            return None
 
     def _finish(self, made: Made) -> None:
         """One output into the ledger, or the row that says why there is none; perhaps an earlier one's too."""
@@ -127,12 +143,15 @@ class ShardDrawing:
             with _sample_boundary():
                 output = self._transform.finish(made, seen=self._seen)
         except SampleError as error:
-            for source, row in self._transform.failed_output(made, error):
-                self._ledger.refuse(source, row)
+            for refusal in self._transform.failed_output(made, error):
+                self._ledger.refuse(refusal.source, refusal.row)
                 if error.reason in RETRIED:
-                    self._suspects.add((source.offset, row.variant))
+                    self._suspects[refusal.source.offset, refusal.row.variant] = refusal.fingerprint
         else:
             self._ledger.add(made.prepared.source, output.row, output.member_key, output.fields)
+
+    def _prepare(self, sample: Sample) -> Prepared:
+        return self._transform.prepare(sample, shard=self._task.source_stem)
 
     def _read(self) -> Iterator[Sample | Unreadable]:
         """The shard's samples. Whatever goes wrong with reading is this shard's misfortune, not the run's."""

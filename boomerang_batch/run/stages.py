@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -32,6 +34,16 @@ class Prepared:
     shows: frozenset[str]
     """Fields whose values rows may tell: all, but under anonymize only those that travel as they are."""
     travelling: Mapping[str, bytes]
+
+    @functools.cached_property
+    def fingerprint(self) -> int:
+        """Of what the outputs depend on: to tell, when a shard is read again, whether it has changed."""
+        facts = (self.source.key, self.condition, [resolved.t for resolved in self.walks], *self.travelling)
+        mask = self.canvas.mask
+        parts = [repr(facts).encode(), self.image, *self.travelling.values()]
+        return functools.reduce(
+            lambda crc, part: zlib.crc32(part, crc), parts, 0 if mask is None else zlib.crc32(mask.tobytes())
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +79,16 @@ class Place:
     source: Source = field(compare=False)
     shard: str = field(compare=False)
     number: int = field(compare=False)
+    fingerprint: int = field(compare=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """An output that there will not be, with its row, and its sample's `Prepared.fingerprint`."""
+
+    source: Source
+    row: Row
+    fingerprint: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ No I/O and no model here; a sample that can't be processed raises SampleError an
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import replace
 
 from boomerang_batch.config.pipeline import Recipe
@@ -22,7 +22,7 @@ from boomerang_batch.run.guards import RepeatedOutputError, Seen, check_changed,
 from boomerang_batch.run.ledger import Source
 from boomerang_batch.run.naming import ORIGINAL, Naming, member_key, refuse_reserved_key
 from boomerang_batch.run.rows import Rows
-from boomerang_batch.run.stages import Made, Output, PieceTag, Place, Prepared
+from boomerang_batch.run.stages import Made, Output, PieceTag, Place, Prepared, Refusal
 from boomerang_batch.run.walks import Walks
 
 FLAGGED = "flagged"
@@ -134,19 +134,13 @@ class Transform:
         """Check, restore and encode what was drawn; `seen` are the task's other outputs. Raises SampleError."""
         prepared, recipe = made.prepared, self._recipe
         number = self.number(made)
-        for index, (piece, x_0) in enumerate(zip(prepared.canvas.pieces, made.pieces, strict=True)):
+        moved = prepared.walks[made.variant].walk.n > 0
+        for piece, x_0 in zip(prepared.canvas.pieces, made.pieces, strict=True):
             check_output(x_0, piece.image, value_range=self._model.value_range)
-            if prepared.walks[made.variant].walk.n:
+            if moved:
                 check_changed(x_0, piece.image, value_range=self._model.value_range)
-                place = Place(
-                    noise_key=prepared.noise_keys[made.variant],
-                    pass_number=made.pass_number,
-                    index=index,
-                    source=prepared.source,
-                    shard=prepared.shard,
-                    number=number,
-                )
-                seen.check(x_0, draw=place)
+        if moved:
+            self._check_repeated(made, seen)
         drawn = self._layout.take_back(prepared.canvas, made.pieces, prepared.picture)
         flagged = None if self._flags is None else self._flags(drawn.pixels)
         if flagged and recipe.model.safety != "keep":
@@ -167,6 +161,29 @@ class Transform:
             template = self._rows.untouched(passes=made.pass_number, flagged=flagged)
         return self._output(prepared, number, output_field(prepared.image_field, format), data, template)
 
+    def _check_repeated(self, made: Made, seen: Seen) -> None:
+        """Look at every piece, though one is enough to refuse the output: others may repeat the rest."""
+        prepared = made.prepared
+        others: list[Hashable] = []
+        repeated = False
+        for index, x_0 in enumerate(made.pieces):
+            place = Place(
+                noise_key=prepared.noise_keys[made.variant],
+                pass_number=made.pass_number,
+                index=index,
+                source=prepared.source,
+                shard=prepared.shard,
+                number=self.number(made),
+                fingerprint=prepared.fingerprint,
+            )
+            try:
+                seen.check(x_0, draw=place)
+            except RepeatedOutputError as error:
+                others += error.others
+                repeated = True
+        if repeated:
+            raise RepeatedOutputError(others)
+
     def original(self, prepared: Prepared) -> Output:
         """The kept original beside its variants, byte for byte."""
         return self._output(prepared, ORIGINAL, prepared.image_field, prepared.image, self._rows.original())
@@ -179,21 +196,21 @@ class Transform:
             for number in range(self._recipe.outputs)
         ]
 
-    def failed_output(self, made: Made, error: SampleError) -> Iterator[tuple[Source, Row]]:
-        """The row of an output that was drawn but can't be used, or is not wanted.
+    def failed_output(self, made: Made, error: SampleError) -> Iterator[Refusal]:
+        """An output that was drawn but can't be used, or is not wanted.
 
-        Of two equal outputs both go, so that it doesn't matter which one came first.
+        Of equal outputs all go, so that it doesn't matter which one came first.
         """
-        prepared, number = made.prepared, self.number(made)
-        yield self._refused(prepared.source, error, shard=prepared.shard, number=number)
-        if isinstance(error, RepeatedOutputError) and isinstance(first := error.first, Place):
-            yield self._refused(first.source, error, shard=first.shard, number=first.number)
-
-    def _refused(self, source: Source, error: SampleError, *, shard: str, number: int) -> tuple[Source, Row]:
+        places = [(made.prepared.source, made.prepared.shard, self.number(made), made.prepared.fingerprint)]
+        if isinstance(error, RepeatedOutputError):
+            others = [one for one in error.others if isinstance(one, Place)]
+            places += [(one.source, one.shard, one.number, one.fingerprint) for one in others]
         unwanted = error.reason == FLAGGED and self._recipe.model.safety == "drop"
-        source = replace(source, detail=error.detail)
         status: Status = "dropped" if unwanted else "failed"
-        return source, self._rows.bad(status, source, shard=shard, number=number, reason=error.reason)
+        for source, shard, number, fingerprint in places:
+            told = replace(source, detail=error.detail)
+            row = self._rows.bad(status, told, shard=shard, number=number, reason=error.reason)
+            yield Refusal(source=told, row=row, fingerprint=fingerprint)
 
     def unreadable(self, item: Unreadable, *, shard: str) -> tuple[Source, Row]:
         """The row of bytes that could not be read as a sample."""
