@@ -129,9 +129,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=report.RESULTS)
     args = parser.parse_args()
 
-    record: dict[str, Any] = {"question": __doc__.splitlines()[0], "machine": report.machine(args.threads)}
-    record["float_difference_given_the_same_noise"] = peer_jobs.same_mathematics(args.threads)
-    text = ["# Beside what users would otherwise write", ""]
+    facts = {"question": __doc__.splitlines()[0], "machine": report.machine(args.threads)}
+    facts["float_difference_given_the_same_noise"] = peer_jobs.same_mathematics(args.threads)
     with tempfile.TemporaryDirectory(prefix="peers-") as folder:
         scratch = Path(folder)
         for name in args.jobs:
@@ -146,13 +145,34 @@ def main() -> None:
             found = report.alternate(
                 arms, args.repeats, functools.partial(measure, job=job, batches=batches, scratch=scratch)
             )
-            record[name] = {"images": args.images, "evaluations": job["evaluations"], "arms": found}
-            record[name]["largest_gap_of_distances_in_standard_errors"] = distances_agree(found)
-            text += [f"## {name}: {args.images} images, {job['evaluations']} evaluations", ""]
-            header = ["arm", "batch", "images/s, median", "range", "tool is faster by", "target"]
-            text += [report.table(header, summarize(name, found)), ""]
-    text.append("Ray Data is compared with the tool in a local Ray too, the others with the tool inline.")
-    report.publish("peers", record, "\n".join(text), folder=args.results)
+            publish(name, found, job=job, facts=facts, folder=args.results)
+
+
+def publish(
+    name: str,
+    found: dict[str, list[dict[str, Any]]],
+    *,
+    job: dict[str, Any],
+    facts: dict[str, Any],
+    folder: Path,
+) -> None:
+    """Write one job's results."""
+    counts = {"images": job["images"], "evaluations": job["evaluations"]}
+    gap = distances_agree(found)
+    record = facts | {"job": name, **counts, "largest_gap_of_distances_in_standard_errors": gap, "arms": found}
+    header = ["arm", "batch", "images/s, median", "range", "tool is faster by", "target"]
+    text = [
+        f"# Beside what users would otherwise write: {name}",
+        "",
+        f"{counts['images']} images, {counts['evaluations']} evaluations.",
+        "",
+        report.table(header, summarize(name, found)),
+        "",
+        "Ray Data is compared with the tool in a local Ray too, the others with the tool inline.",
+    ]
+    threads = facts["machine"]["threads"]
+    file = f"peers_{name.replace(' ', '_')}_{threads}_{'thread' if threads == 1 else 'threads'}"
+    report.publish(file, record, "\n".join(text), folder=folder)
 
 
 if __name__ == "__main__":
