@@ -2,7 +2,8 @@
 
     python benchmarks/peer_tool.py tool|tool-ray JOB.json OUT
 
-One run by the public driver, inline or with one local Ray worker. The seconds are the run's own: from the
+One run by the public driver, inline or with one local Ray worker; `tool-elastic` lets batches shrink at the
+run's end, as the loops' do, and gives up equal bits for that. The seconds are the run's own: from the
 moment the model is loaded to the last shard committed (tar, provenance and marker published), as OUT/logs
 tells.
 """
@@ -21,10 +22,10 @@ from boomerang_batch.config.pipeline import Recipe, parse_recipe
 from boomerang_batch.data.manifest import load_manifest
 from boomerang_batch.run.driver import RunRequest, execute
 
-ARMS = ("tool", "tool-ray")
+ARMS = ("tool", "tool-elastic", "tool-ray")
 
 
-def recipe(job: dict[str, Any]) -> Recipe:
+def recipe(job: dict[str, Any], *, batching: str = "fixed") -> Recipe:
     """The job's own recipe, or what peer_loops.py does, said in the tool's words."""
     text = (
         job.get("recipe")
@@ -43,6 +44,7 @@ grid: trailing
 sampler: {{eta: 1.0}}
 images: {{resize: pad}}
 batch_size: {job["batch"]}
+batching: {batching}
 """
     )
     return parse_recipe(text, source="peers")
@@ -65,7 +67,7 @@ def rows(out: Path) -> list[dict[str, Any]]:
 def run(arm: str, job: dict[str, Any], out: Path) -> dict[str, Any]:
     """Do the job and say how long it took."""
     request = RunRequest(
-        recipe=recipe(job),
+        recipe=recipe(job, batching="elastic" if arm == "tool-elastic" else "fixed"),
         manifest=load_manifest(job["manifest"]),
         out=str(out),
         device="cpu",

@@ -34,10 +34,19 @@ import report
 
 JOBS = {
     "equal t": ("tool", "one-by-one", "batched", "tool-ray", "ray-data"),
-    "mixed t": ("tool", "batched", "batched-active", "batched-sorted", "tool-ray", "ray-data-sorted"),
+    "mixed t": (
+        "tool",
+        "tool-elastic",
+        "batched",
+        "batched-active",
+        "batched-sorted",
+        "tool-ray",
+        "ray-data-sorted",
+    ),
 }
 BATCHES = (8, 16, 32, 50, 100)
 SCANNED_AS = {
+    "tool-elastic": "tool",
     "tool-ray": "tool",
     "ray-data": "batched",
     "ray-data-sorted": "batched-sorted",
