@@ -245,6 +245,26 @@ def test_loading_leaves_no_openmp_helpers_behind(tiny_model: Path):
     engine.close()
 
 
+def test_the_trial_has_the_runs_threads_whatever_a_factory_did(monkeypatch: pytest.MonkeyPatch):
+    seen = set()
+
+    class Watching(Pixelwise):
+        def denoise(self, x_t: Tensor, tau: Tensor, conditions: Sequence[Condition]) -> Tensor:
+            seen.add(torch.get_num_threads())
+            return super().denoise(x_t, tau, conditions)
+
+    def load(spec: object, *, device: str, threads: int | None) -> Pixelwise:
+        torch.set_num_threads(1)
+        return Watching()
+
+    before = torch.get_num_threads()
+    monkeypatch.setattr("boomerang_batch.run.loading.load_denoiser", load)
+    engine, _ = loading.load(stand_ins.recipe("batch_size=auto"), device="cpu", threads=2)
+    engine.close()
+    torch.set_num_threads(before)
+    assert seen == {2}
+
+
 class Unhurried(Pixelwise):
     """Takes its time, so that shards are read while it computes."""
 

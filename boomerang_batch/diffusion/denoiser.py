@@ -95,5 +95,5 @@ class Denoiser(Protocol):
         ...
 
     def in_float32(self) -> Denoiser:
-        """The same model in full precision, itself if it is; to retry what came out as NaN."""
+        """The same model in full precision, itself if it is; to retry what half precision may have spoilt."""
         ...

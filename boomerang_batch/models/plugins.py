@@ -1,8 +1,8 @@
 """Denoisers of other makes: installed entry points of the group `boomerang_batch.denoisers`.
 
 `model.source: entry-point:NAME` calls the installed factory NAME as factory(options, device), which returns a
-`Denoiser`; docs/denoisers.md shows one. It may leave out `flagged`. What it returns is checked
-by one tiny call before a run starts, and its distribution's version becomes part of the model's digest.
+`Denoiser`; docs/denoisers.md shows one. It may leave out `flagged`. What it returns is checked by one tiny call
+before a run starts, and its distribution's version becomes part of the model's digest.
 """
 
 from __future__ import annotations
