@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import itertools
 import signal
@@ -429,6 +430,15 @@ def test_a_stream_is_late_when_its_draws_would_be_taken_if_there_were_any():
     stream.waiting.clear()
     stream.exhausted = True
     assert not stream.late
+
+
+def test_the_longest_of_the_waiting_draws_are_in_front_and_equal_ones_as_they_came():
+    stream = Stream(threading.Condition(), ahead=7)
+    timesteps = [1, 20, 5, 20, 1, 10]
+    cascade = dataclasses.replace(draw(6, timestep=10), passes=3)
+    stream.read([draw(i, timestep=t) for i, t in enumerate(timesteps)] + [cascade])
+    assert cascade.evaluations == 3 * walk_at(10).n > walk_at(20).n
+    assert [waiting.tag for waiting in stream.waiting] == [6, 1, 3, 5, 2, 0, 4]
 
 
 def test_a_single_draw_is_not_waited_over(make):

@@ -61,6 +61,11 @@ class Draw:
     region: Region | None = None
     window: Window | None = None
 
+    @property
+    def evaluations(self) -> int:
+        """Network calls that it takes part in, over all its passes."""
+        return self.walk.n * self.passes
+
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:

@@ -1,9 +1,9 @@
 """Continuous batching: draws of any t from several streams in, drawn images out, the device never waiting.
 
-One thread owns the device. It fills free slots from whatever stream has a draw ready, the oldest stream first,
-takes the slots of one shape one node further, hands out what has arrived, and fills up again. So samples of
-different t, variants, cascades and the ends of shards share every network call. A stream's draws are prepared
-on a thread of its own and its results taken on the caller's, with bounded queues between them.
+One thread owns the device. It fills free slots from whatever stream has a draw ready, the oldest stream and its
+longest draw first, takes the slots of one shape one node further, hands out what has arrived, and fills up
+again. So samples of different t, variants, cascades and the ends of shards share every network call. A stream's
+draws are prepared on a thread of its own and its results taken on the caller's, with bounded queues between them.
 
 Where slots are free and a reader is late the engine waits for it, but until a draw comes no longer in all than
 one iteration takes: longer costs more than it saves.

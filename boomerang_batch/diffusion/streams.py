@@ -5,6 +5,7 @@ A stream belongs to an engine's condition: every field is read and written under
 
 from __future__ import annotations
 
+import bisect
 import threading
 from collections import deque
 from collections.abc import Generator, Iterable
@@ -30,7 +31,10 @@ class Drawn:
 
 
 class Stream:
-    """The queues of one caller. No more than `ahead` draws wait for a slot.
+    """The queues of one caller. No more than `ahead` draws wait for a slot, the longest in front.
+
+    Were they taken as they came, a long one taken last would keep a batch to itself (longest processing time
+    first: Graham, Bounds on multiprocessing timing anomalies, 1969).
 
     While 2 * ahead results are not taken yet, no further draws are. Those in slots still go to their end, so
     there may be as many results more as they have passes to emit.
@@ -100,6 +104,6 @@ class Stream:
         with self._changed:
             self._changed.wait_for(lambda: self.cancelled or len(self.waiting) < self._ahead)
             if not self.cancelled:
-                self.waiting.append(draw)
+                bisect.insort(self.waiting, draw, key=lambda waiting: -waiting.evaluations)
                 self._changed.notify_all()
             return not self.cancelled
