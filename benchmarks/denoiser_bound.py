@@ -35,7 +35,8 @@ from boomerang_batch.diffusion.parity import synthetic_images
 from boomerang_batch.diffusion.threads import use_threads
 from boomerang_batch.models import load_denoiser
 from boomerang_batch.run import loading, runner
-from boomerang_batch.run.driver import RunRequest, execute
+from boomerang_batch.run.driver import execute
+from boomerang_batch.run.request import RunRequest
 from boomerang_batch.shipped import named
 
 TARGETS = {"demo": 1.05, "latent": 1.10}

@@ -19,7 +19,8 @@ from PIL import Image
 
 from boomerang_batch.config.pipeline import parse_recipe
 from boomerang_batch.data.manifest import load_manifest
-from boomerang_batch.run.driver import RunRequest, execute
+from boomerang_batch.run.driver import execute
+from boomerang_batch.run.request import RunRequest
 
 SIDE = 256
 PATCH = 16

@@ -20,7 +20,8 @@ import pyarrow.parquet
 
 from boomerang_batch.config.pipeline import Recipe, parse_recipe
 from boomerang_batch.data.manifest import load_manifest
-from boomerang_batch.run.driver import RunRequest, execute
+from boomerang_batch.run.driver import execute
+from boomerang_batch.run.request import RunRequest
 
 ARMS = ("tool", "tool-elastic", "tool-ray")
 

@@ -35,7 +35,8 @@ from PIL import Image, ImageDraw, ImageFont
 from boomerang_batch.config.pipeline import parse_recipe
 from boomerang_batch.data.manifest import load_manifest
 from boomerang_batch.data.upscale import reduced
-from boomerang_batch.run.driver import RunRequest, execute
+from boomerang_batch.run.driver import execute
+from boomerang_batch.run.request import RunRequest
 
 SIDE = 256
 FACTORS = (2, 4, 8)
@@ -216,7 +217,8 @@ def main() -> None:
     args.model = args.model.resolve()
 
     everything = test_photographs(args.photographs)
-    truth = dict(list(everything.items())[: args.limit])
+    shown_first = sorted(everything, key=lambda key: key not in CC0)
+    truth = {key: everything[key] for key in shown_first[: args.limit]}
     args.shown = [key for key in CC0 if key in truth]
     lines, shown = [], []
     for factor in args.factors:

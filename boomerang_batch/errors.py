@@ -8,11 +8,13 @@
     │   ├── PrivateDirError                 the private dir or its secret is missing or unfit
     │   └── ModelError                      weights that can't be loaded, or asked for what they can't do
     ├── StorageError               exit 1   a read or a write that failed, naming the URL
-    │   └── ObjectExistsError               a create-only write that came second
+    │   ├── ObjectExistsError               a create-only write that came second
+    │   └── ObjectMissingError              nothing is at that path
     ├── ShardError                 exit 1   a shard that can't be processed at all
     ├── SampleError                exit 3   one sample that can't be processed: becomes a provenance row
     ├── VerificationError          exit 1   an output that is not what its records say
     └── StoppedError               exit 75  asked to stop; everything committed stays, the run can resume
+        └── LeaseError                      another run holds OUT, or has taken it over
 
 The command line catches `BoomerangError` alone, prints its message and exits with its code; anything else is
 a bug and keeps its traceback.
@@ -59,6 +61,10 @@ class ObjectExistsError(StorageError):
     pass
 
 
+class ObjectMissingError(StorageError):
+    pass
+
+
 class ShardError(BoomerangError):
     pass
 
@@ -87,3 +93,7 @@ class VerificationError(BoomerangError):
 
 class StoppedError(BoomerangError):
     exit_code = 75
+
+
+class LeaseError(StoppedError):
+    pass

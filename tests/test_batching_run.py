@@ -17,7 +17,7 @@ from torch import Tensor
 from boomerang_batch.cli import main
 from boomerang_batch.diffusion.denoiser import Condition
 from boomerang_batch.errors import ConfigError, ModelError
-from boomerang_batch.run import dispatch, loading
+from boomerang_batch.run import dispatch, loading, ray_cluster
 from boomerang_batch.run.dispatch import RayPool
 from boomerang_batch.run.tasks import RunSpec, WorkerFacts
 from boomerang_batch.run.verify import verify
@@ -193,23 +193,27 @@ def test_on_ray_the_first_worker_probes_and_the_others_are_told(
             facts = WorkerFacts(model_digest="m", stack={"batch_size": str(spec.batch_size or 16)})
             self.load = SimpleNamespace(remote=lambda: facts)
 
-    monkeypatch.setattr(
-        dispatch,
-        "ray",
-        SimpleNamespace(
-            is_initialized=lambda: True,
-            cluster_resources=dict,
-            wait=lambda calls, **how: (list(calls), []),
-            get=lambda call: call,
-            kill=lambda actor: None,
-        ),
+    ray = SimpleNamespace(
+        is_initialized=lambda: True,
+        cluster_resources=dict,
+        wait=lambda calls, **how: (list(calls), []),
+        get=lambda call: call,
+        kill=lambda actor: None,
     )
+    for module in (dispatch, ray_cluster):
+        monkeypatch.setattr(module, "ray", ray)
 
     def start(*overrides: str, batch_size: int | None = None) -> list[int | None]:
         hired.clear()
         recipe = worlds.recipe(tiny_model, *overrides, purpose="augment")
         spec = RunSpec(
-            recipe=recipe, out=str(tmp_path), private_dir=None, device="cpu", threads=1, batch_size=batch_size
+            recipe=recipe,
+            out=str(tmp_path),
+            private_dir=None,
+            device="cpu",
+            threads=1,
+            epoch=1,
+            batch_size=batch_size,
         )
         worker = SimpleNamespace(options=lambda **options: SimpleNamespace(remote=Actor))
         RayPool(spec, address="local", workers=3, max_attempts=1, worker=worker).start(stop=threading.Event())

@@ -41,7 +41,13 @@ def test_run_reports_for_people_and_for_programs(tmp_path: Path, pipeline: Path,
     assert first.exit_code == 0
     assert "shards 2 done; samples 6 ok" in first.stdout
     again = call("run", pipeline, manifest, tmp_path / "out", *options, "--json")
-    assert json.loads(again.stdout)["shards"] == {"done": 0, "there": 2, "quarantined": 0, "left": 0}
+    assert json.loads(again.stdout)["shards"] == {
+        "done": 0,
+        "there": 2,
+        "mended": 0,
+        "quarantined": 0,
+        "left": 0,
+    }
 
 
 def test_without_a_terminal_progress_is_json_lines_on_stderr(

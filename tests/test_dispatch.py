@@ -14,12 +14,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError, RayTaskError
+from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError
 
 from boomerang_batch.errors import BoomerangError, ModelError, StoppedError, StorageError
-from boomerang_batch.run import dispatch
+from boomerang_batch.run import dispatch, ray_cluster
 from boomerang_batch.run.dispatch import RayPool
-from boomerang_batch.run.tasks import RunSpec, ShardReport, Task, WorkerFacts
+from boomerang_batch.run.tasks import RunSpec, ShardReport, Task, WorkerFacts, WorkerState
 from tests import worlds
 
 FACTS = WorkerFacts(model_digest="m", stack={"torch": "2"})
@@ -45,7 +45,7 @@ class Call:
                 self.kept = DIE if self.actor.dead else self.answer()
             except NotYetError:
                 return False
-            except ActorDiedError as error:
+            except (ActorDiedError, OutOfMemoryError) as error:
                 self.actor.dead, self.kept = True, error
             except Exception as error:
                 wrapped = RayTaskError("run", f"Traceback of\n  {error}", error)
@@ -69,7 +69,7 @@ class Actor:
     asked_to_stop: bool = False
 
     def __getattr__(self, name: str) -> Any:
-        answer = {"load": self._load, "run": self._run, "progress": self._progress, "stop": self._stop}[name]
+        answer = {"load": self._load, "run": self._run, "state": self._state, "stop": self._stop}[name]
         return SimpleNamespace(remote=lambda *words: answer(*words))
 
     def _load(self) -> Call:
@@ -79,8 +79,8 @@ class Actor:
         self.play.given.append((self.number, task.name))
         return Call(self, lambda: self.play.run(self, task))
 
-    def _progress(self) -> Call:
-        return Call(self, lambda: dict(self.play.progress))
+    def _state(self) -> Call:
+        return Call(self, lambda: self.play.state(self))
 
     def _stop(self) -> None:
         self.asked_to_stop = True
@@ -94,9 +94,18 @@ class Play:
     load: Callable[[Actor], WorkerFacts] = lambda actor: FACTS
     progress: dict[str, int] = field(default_factory=dict)
     """What every worker answers when asked how far it is."""
+    state: Callable[[Actor], WorkerState] | None = None
+    """What a worker answers when asked how it is, if more than its progress."""
+    leaving: dict[str, float] = field(default_factory=dict)
+    """Seconds left, by machine; each worker has a machine of its own name."""
+    gpus: int = 0
     actors: list[Actor] = field(default_factory=list)
     given: list[tuple[int, str]] = field(default_factory=list)
     killed: list[Actor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.state is None:
+            self.state = lambda actor: WorkerState(finished=dict(self.progress), node=f"node-{actor.number}")
 
     def options(self, **options: Any) -> Any:
         return SimpleNamespace(remote=self.hire)
@@ -127,13 +136,22 @@ def done(actor: Actor, task: Task) -> ShardReport:
 def stage(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., RayPool]:
     """A pool on a play."""
 
-    def build(play: Play, *, workers: int = 1, max_attempts: int = 3) -> RayPool:
+    def build(play: Play, *, workers: int | None = 1, max_attempts: int = 3) -> RayPool:
         ray = SimpleNamespace(
-            is_initialized=lambda: True, cluster_resources=dict, wait=play.wait, get=play.get, kill=play.kill
+            is_initialized=lambda: True,
+            cluster_resources=lambda: {"GPU": play.gpus},
+            wait=play.wait,
+            get=play.get,
+            kill=play.kill,
         )
         monkeypatch.setattr(dispatch, "ray", ray)
-        recipe = worlds.recipe(tiny_model, purpose="augment")
-        spec = RunSpec(recipe=recipe, out=str(tmp_path), private_dir=None, device="cpu", threads=1)
+        monkeypatch.setattr(ray_cluster, "ray", ray)
+        monkeypatch.setattr(ray_cluster, "leaving", lambda: play.leaving)
+        monkeypatch.setattr(dispatch, "_ASK_EVERY_S", 0.0)
+        monkeypatch.setattr(dispatch, "_LOOK_EVERY_S", 0.0)
+        recipe = worlds.recipe(tiny_model, "run.step_deadline_s=5", purpose="augment")
+        device = "auto" if play.gpus else "cpu"
+        spec = RunSpec(recipe=recipe, out=str(tmp_path), private_dir=None, device=device, threads=1, epoch=1)
         return RayPool(spec, address="local", workers=workers, max_attempts=max_attempts, worker=play)
 
     return build
@@ -336,3 +354,147 @@ def test_progress_of_a_task_that_is_over_is_not_told(stage):
     seen: list = []
     work(stage(Play(run=run, progress={"over": 9, "a": 1})), "a", seen=seen)
     assert set(seen) == {("a", 1)}
+
+
+# --- workers that hang, machines that come and go ---
+
+
+def slowly(turns: int) -> Callable[[Actor, Task], ShardReport]:
+    """Do a task when it has been looked at for some turns, unless its worker is asked to stop."""
+    looks = Counter[tuple[int, str]]()
+
+    def run(actor: Actor, task: Task) -> ShardReport:
+        looks[actor.number, task.name] += 1
+        if actor.asked_to_stop:
+            return ShardReport(name=task.name, status="stopped")
+        if looks[actor.number, task.name] < turns:
+            raise NotYetError
+        return done(actor, task)
+
+    return run
+
+
+def test_a_worker_whose_device_hangs_is_replaced(stage):
+    """It answers, but its one step never ends: a device that hangs."""
+
+    def run(actor, task):
+        if actor.number == 0:
+            raise NotYetError
+        return done(actor, task)
+
+    play = Play(run=run, state=lambda actor: WorkerState(stalled_s=6.0 if actor.number == 0 else 0.0))
+    reports = work(stage(play), "a", "b", "c")
+    assert {report.status for report in reports.values()} == {"done"}
+    assert len(reports) == 3
+    assert play.killed[0].number == 0
+
+
+def test_a_shard_that_hangs_every_device_is_quarantined(stage):
+    play = Play(run=lambda actor, task: done(actor, task))
+
+    def run(actor, task):
+        if task.name == "b":
+            raise NotYetError
+        return done(actor, task)
+
+    play.run, play.state = run, lambda actor: WorkerState(stalled_s=6.0)
+    reports = work(stage(play, max_attempts=2), "a", "b", "c")
+    assert {name: report.status for name, report in reports.items()} == {
+        "a": "done",
+        "b": "quarantined",
+        "c": "done",
+    }
+    assert "its device was at one step for 6 s (run.step_deadline_s: 5)" in reports["b"].reason
+
+
+def test_a_worker_that_does_not_answer_is_replaced(stage, monkeypatch):
+    monkeypatch.setattr(dispatch, "_SILENT_S", 0.05)
+
+    def run(actor, task):
+        if actor.number == 0:
+            raise NotYetError
+        return done(actor, task)
+
+    def state(actor):
+        if actor.number == 0:
+            raise NotYetError
+        return WorkerState()
+
+    play = Play(run=run, state=state)
+    assert {report.status for report in work(stage(play), "a", "b").values()} == {"done"}
+    assert play.killed[0].number == 0
+
+
+def test_machines_that_leave_give_their_tasks_back_in_time_and_cost_no_attempt(stage):
+    play = Play(run=slowly(8), leaving={"node-0": 10.0, "node-1": 10.0})
+    reports = work(stage(play, max_attempts=1), *"abc")
+    assert {name: report.status for name, report in reports.items()} == dict.fromkeys("abc", "done")
+    assert {actor.number for actor in play.killed if actor.asked_to_stop} == {0, 1}
+    assert all(number == 2 for number, name in play.given[-3:])
+
+
+def test_with_time_left_a_task_is_finished_on_a_machine_that_leaves_and_none_begun(stage):
+    play = Play(run=slowly(5), leaving={"node-0": 100.0})
+    reports = work(stage(play), *"abcd")
+    assert len(reports) == 4
+    assert not play.actors[0].asked_to_stop
+    assert [name for number, name in play.given if number == 0] == ["a", "b"]
+
+
+def test_a_death_on_a_machine_known_to_leave_is_no_attempt(stage):
+    def run(actor, task):
+        if actor.number > 0:
+            return done(actor, task)
+        play.leaving["node-0"] = 100.0
+        looks.append(task.name)
+        if len(looks) < 6:
+            raise NotYetError
+        raise DIE
+
+    looks: list[str] = []
+    play = Play(run=run)
+    assert work(stage(play, max_attempts=1), "a")["a"].status == "done"
+
+
+def test_gpus_that_join_are_used(stage):
+    play = Play(run=slowly(6), gpus=1)
+
+    def state(actor):
+        play.gpus = 3
+        return WorkerState()
+
+    play.state = state
+    assert len(work(stage(play, workers=None), *"abcdefgh")) == 8
+    assert {number for number, _ in play.given} == {0, 1, 2}
+
+
+def test_more_workers_than_gpus_are_wanted_all_the_same_and_told(stage, caplog):
+    play = Play(run=done, gpus=2)
+    pool = stage(play, workers=5)
+    pool.start(stop=threading.Event())
+    assert len(play.actors) == 5
+    assert "5 workers wanted but Ray has 2 GPUs" in caplog.text
+
+
+def test_workers_without_work_are_let_go_before_the_end(stage):
+    """Machines can then be given back while the last shards are done."""
+    turns = Counter[str]()
+
+    def run(actor, task):
+        turns[task.name] += 1
+        if task.name == "long" and (turns["long"] < 4 or len(play.killed) < 2):
+            assert turns["long"] < 50, "idle workers are kept"
+            raise NotYetError
+        return done(actor, task)
+
+    play = Play(run=run)
+    assert len(work(stage(play, workers=3), "long", *"abcd")) == 5
+
+
+def test_memory_that_ran_out_is_told_apart(stage):
+    def run(actor, task):
+        raise OutOfMemoryError("Task was killed due to the node running low on memory")
+
+    reports = work(stage(Play(run=run), max_attempts=2), "a")
+    assert reports["a"].status == "quarantined"
+    assert "its machine ran out of memory" in reports["a"].reason

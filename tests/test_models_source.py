@@ -228,7 +228,7 @@ def test_what_is_not_there_is_named(tmp_path):
     assert "neither model_index.json nor config.json" in refusal(tmp_path)
     assert "there is no such folder" in refusal(tmp_path / "absent")
     assert "ships no such folder" in refusal("shipped:demo/nothing")
-    assert "download it first" in refusal("s3://bucket/model")
+    assert "nothing of a model is there" in refusal("memory://bucket/nothing")
     (tmp_path / "one.safetensors").write_bytes(b"")
     assert "a single file" in refusal(tmp_path / "one.safetensors")
 

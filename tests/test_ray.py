@@ -62,7 +62,7 @@ def run_pool(
 ) -> dict[str, ShardReport]:
     """Every shard of `manifest` through a pool of `worker`s; the reports by name."""
     out.mkdir()
-    spec = RunSpec(recipe=recipe, out=str(out), private_dir=None, device="auto", threads=1)
+    spec = RunSpec(recipe=recipe, out=str(out), private_dir=None, device="auto", threads=1, epoch=1)
     pool = RayPool(spec, address="local", workers=workers, max_attempts=max_attempts, worker=worker)
     tasks = [Task(name=entry.stem, url=entry.url, source_stem=entry.stem) for entry in manifest.shards]
     try:

@@ -34,7 +34,7 @@ def test_a_run_writes_every_sample_and_verifies(tmp_path: Path, tiny_model: Path
     out = tmp_path / "out"
     report = worlds.run(worlds.recipe(tiny_model), manifest, out)
     assert report.exit_code == 0
-    assert report.shards == {"done": 3, "there": 0, "quarantined": 0, "left": 0}
+    assert report.shards == {"done": 3, "there": 0, "mended": 0, "quarantined": 0, "left": 0}
     assert report.rows == {"ok": 15}
     assert verify(str(out), deep=True).problems == ()
 
@@ -121,7 +121,7 @@ def test_a_second_call_does_nothing_again(tmp_path: Path, tiny_model: Path, mani
     worlds.run(recipe, manifest, out)
     before = worlds.tree(out)
     report = worlds.run(recipe, manifest, out)
-    assert report.shards == {"done": 0, "there": 3, "quarantined": 0, "left": 0}
+    assert report.shards == {"done": 0, "there": 3, "mended": 0, "quarantined": 0, "left": 0}
     assert worlds.tree(out) == before
 
 

@@ -19,7 +19,8 @@ from boomerang_batch import storage
 from boomerang_batch.config.pipeline import Recipe, parse_recipe
 from boomerang_batch.data.manifest import Manifest, load_manifest
 from boomerang_batch.data.provenance import Row, read_rows
-from boomerang_batch.run.driver import RunRequest, execute
+from boomerang_batch.run.driver import execute
+from boomerang_batch.run.request import RunRequest
 from boomerang_batch.run.runner import Runner
 from boomerang_batch.run.tasks import RunReport
 from tests import tiny_models

@@ -10,9 +10,12 @@ import click
 from boomerang_batch import __version__
 from boomerang_batch.cli.demo import demo
 from boomerang_batch.cli.doctor import doctor
+from boomerang_batch.cli.jobs import list_jobs, logs, stop, submit
 from boomerang_batch.cli.manifest import manifest
 from boomerang_batch.cli.pack import pack
+from boomerang_batch.cli.plan import plan
 from boomerang_batch.cli.run import run
+from boomerang_batch.cli.status import status
 from boomerang_batch.cli.verify import verify
 from boomerang_batch.errors import BoomerangError
 
@@ -44,5 +47,5 @@ def main() -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s")
 
 
-for command in (demo, run, pack, manifest, verify, doctor):
+for command in (demo, plan, run, submit, status, logs, stop, list_jobs, pack, manifest, verify, doctor):
     main.add_command(command)

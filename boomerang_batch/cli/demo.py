@@ -18,8 +18,9 @@ def demo(context: click.Context, out: str) -> None:
     """
     from boomerang_batch import storage
     from boomerang_batch.data.manifest import load_manifest
-    from boomerang_batch.run.driver import RunRequest, execute
+    from boomerang_batch.run.driver import execute
     from boomerang_batch.run.record import SHEET_NAME
+    from boomerang_batch.run.request import RunRequest
     from boomerang_batch.run.sheet import PAIRS_NAME
     from boomerang_batch.run.verify import verify
 

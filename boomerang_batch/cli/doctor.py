@@ -19,14 +19,13 @@ if TYPE_CHECKING:
 @recipe_options
 def doctor(pipeline: str, device: str, threads: int | None, overrides: tuple[str, ...]) -> None:
     """Load PIPELINE's model here and show its nodes, the stack, and whether batches are independent."""
-    import os
-
+    from boomerang_batch.run.cpus import usable_cpus
     from boomerang_batch.run.loading import load, warnings
     from boomerang_batch.run.stack import fingerprint
     from boomerang_batch.run.walks import examples
 
     recipe = load_recipe(pipeline, overrides)
-    threads = threads or os.cpu_count() or 1
+    threads = threads or usable_cpus()
     # Loading tries the model out, too: one whose output depends on what shares its batch is refused.
     engine, _ = load(recipe, device=device, threads=threads)
     model = engine.denoiser.spec

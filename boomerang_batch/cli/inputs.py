@@ -1,14 +1,17 @@
-"""What several commands read alike: recipes by name or path, and the wish to stop."""
+"""What several commands read alike: recipes by name or path, the options of a run, and the wish to stop."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -34,6 +37,87 @@ def recipe_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in reversed(options):
         command = option(command)
     return command
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFlags:
+    """How a run is to be done, by the options that `run` and `submit` share. Named as they are."""
+
+    private_dir: str | None
+    workers: int | None
+    device: str
+    threads: int | None
+    overrides: tuple[str, ...]
+    limit: int | None
+    extend: bool
+    accept_stack: bool
+    only_failed: bool
+    if_held: str
+
+    def words(self) -> list[str]:
+        """The options that say the same to `run` in another folder."""
+        from boomerang_batch import storage
+
+        named = {
+            "--private-dir": self.private_dir and storage.absolute(self.private_dir),
+            "--workers": self.workers,
+            "--device": self.device,
+            "--threads": self.threads,
+            "--limit": self.limit,
+            "--if-held": self.if_held,
+        }
+        switches = {
+            "--extend": self.extend,
+            "--accept-stack": self.accept_stack,
+            "--only-failed": self.only_failed,
+        }
+        return [
+            *(f"{name}={value}" for name, value in named.items() if value is not None),
+            *(f"--set={override}" for override in self.overrides),
+            *(name for name, on in switches.items() if on),
+        ]
+
+
+def run_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that `run` and `submit` share; the command gets them as one `flags`."""
+
+    @functools.wraps(command)
+    def gathered(*words: Any, **given: Any) -> None:
+        flags = RunFlags(**{field.name: given.pop(field.name) for field in dataclasses.fields(RunFlags)})
+        command(*words, flags=flags, **given)
+
+    options = (
+        click.option(
+            "--private-dir", metavar="DIR", help="Secret and tables that link back; anonymize needs it."
+        ),
+        click.option(
+            "--workers", type=click.IntRange(min=1), help="Ray workers.  [default: one per GPU, else 1]"
+        ),
+        recipe_options,
+        click.option(
+            "--limit", type=click.IntRange(min=1), metavar="N", help="Only the manifest's first N shards."
+        ),
+        click.option("--extend", is_flag=True, help="Accept a manifest that adds shards to the run in OUT."),
+        click.option(
+            "--accept-stack", is_flag=True, help="Resume on another stack, and record that in run.json."
+        ),
+        click.option(
+            "--only-failed",
+            is_flag=True,
+            help="Do failed samples again, into appendix shards STEM~1, ...",
+        ),
+        click.option(
+            "--if-held",
+            type=click.Choice(["stop", "wait"]),
+            default="stop",
+            show_default=True,
+            help="What to do while another run is at work on OUT.",
+        ),
+    )
+    wrapped: Callable[..., None] = gathered
+    for option in reversed(options):
+        wrapped = option(wrapped)
+    return wrapped
 
 
 def load_recipe(ref: str, overrides: Sequence[str] = ()) -> Recipe:

@@ -226,8 +226,22 @@ class FieldPolicy(Block):
     )
 
 
+class ErrorBudget(Block):
+    """How much may fail before a run gives up. Null: as much as there is."""
+
+    max_failed_samples: int | None = Field(None, ge=0, description="rows with a status that is no success")
+    max_failed_shards: int | None = Field(None, ge=0, description="shards quarantined whole")
+
+
 class RunOptions(Block):
     """Operational: none of this can change a byte of the output."""
 
     workers: int | None = Field(None, ge=1, description="Ray actors; null: one per GPU, else one")
     max_attempts: int = Field(3, ge=1, description="attempts of a shard before it is quarantined")
+    step_deadline_s: float = Field(
+        900.0, gt=0, description="seconds for one network call before a Ray worker's device counts as hung"
+    )
+    journal_every: int = Field(
+        500, ge=0, description="samples that a lost worker costs at most; 0: as many as its shards hold"
+    )
+    on_error: ErrorBudget = ErrorBudget()

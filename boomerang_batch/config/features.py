@@ -85,7 +85,16 @@ def _before_noise(*paths: str) -> dict[str, Feature]:
 _UNITS = ("fraction", "timestep", "sigma", "snr")
 
 FEATURES: Mapping[str, Feature] = {
-    **_not_in_output("format_version", "description", "run.workers", "run.max_attempts"),
+    **_not_in_output(
+        "format_version",
+        "description",
+        "run.workers",
+        "run.max_attempts",
+        "run.step_deadline_s",
+        "run.journal_every",
+        "run.on_error.max_failed_samples",
+        "run.on_error.max_failed_shards",
+    ),
     "purpose": Feature(
         says="anonymize alone hides names, and drops what is not listed",
         reason=_if(

@@ -26,7 +26,7 @@ from braceexpand import braceexpand
 
 from boomerang_batch import shipped, storage
 from boomerang_batch.config import strict_yaml
-from boomerang_batch.data.scan import scan_shard
+from boomerang_batch.data.scan import contradictions, scan_shard
 from boomerang_batch.errors import ManifestError, StorageError
 
 logger = logging.getLogger(__name__)
@@ -82,6 +82,7 @@ def load_manifest(ref: str) -> Manifest:
     """
     url = str(shipped.named("manifests", ref) or shipped.resolve(ref))
     suffix = _suffix(url)
+    endpoint: Mapping[str, str] = {}
     if suffix == ".parquet":
         name, items = _file_stem(url), _read_parquet(url)
     else:
@@ -89,10 +90,13 @@ def load_manifest(ref: str) -> Manifest:
             text = storage.read_bytes(url).decode()
         except UnicodeDecodeError as error:
             raise ManifestError(f"{url}: not UTF-8 text: {error}") from error
-        name, items = (
-            _read_yaml(url, text) if suffix in (".yaml", ".yml") else (_file_stem(url), _read_jsonl(url, text))
-        )
-    entries = [entry for place, item in items for entry in _resolve(item, _folder(url), f"{url}: {place}")]
+        if suffix in (".yaml", ".yml"):
+            name, items, endpoint = _read_yaml(url, text)
+        else:
+            name, items = _file_stem(url), _read_jsonl(url, text)
+    entries = [
+        entry for place, item in items for entry in _resolve(item, _folder(url), f"{url}: {place}", endpoint)
+    ]
     return Manifest(name=name, shards=_unique(entries, url))
 
 
@@ -141,15 +145,11 @@ def check_manifest(manifest: Manifest) -> list[str]:
             problems.append(f"{error}; correct the URL or take the shard out")
             continue
         problems += measured.problems
-        claims = (
-            ("bytes", entry.size_bytes, measured.size_bytes),
-            ("samples", entry.samples, len(measured.keys)),
-            ("digest", entry.digest, measured.digest),
-        )
-        for name, claimed, real in claims:
-            if claimed is not None and claimed != real:
-                fix = "restore the shard, or build the manifest anew"
-                problems.append(f"{entry.url}: {name} is {real}, the manifest says {claimed}; {fix}")
+        wrong = contradictions(measured, size_bytes=entry.size_bytes, digest=entry.digest)
+        if entry.samples not in (None, len(measured.keys)):
+            wrong.append(f"samples is {len(measured.keys)}, the manifest says {entry.samples}")
+        fix = "restore the shard, or build the manifest anew"
+        problems += [f"{entry.url}: {claim}; {fix}" for claim in wrong]
         for key in measured.keys:
             short = hashlib.blake2b(key.encode(), digest_size=12).digest()
             if short in seen:
@@ -159,14 +159,15 @@ def check_manifest(manifest: Manifest) -> list[str]:
     return problems
 
 
-def _read_yaml(url: str, text: str) -> tuple[str, list[tuple[str, Any]]]:
+def _read_yaml(url: str, text: str) -> tuple[str, list[tuple[str, Any]], Mapping[str, str]]:
+    """Name, items, and where the store of the shards is, if the manifest tells."""
     try:
         data = strict_yaml.load(text)
     except ValueError as error:
         raise ManifestError(f"{url}: not valid YAML: {error}") from error
     if not isinstance(data, dict):
         raise ManifestError(f"{url}: a manifest is a mapping with format_version, name and shards")
-    _refuse_unknown(data, ("format_version", "name", "description", "shards"), url)
+    _refuse_unknown(data, ("format_version", "name", "description", "storage", "shards"), url)
     if data.get("format_version") != FORMAT_VERSION or data["format_version"] is True:
         given = data.get("format_version", "missing")
         raise ManifestError(f"{url}: format_version is {given}; this release reads {FORMAT_VERSION}")
@@ -176,7 +177,13 @@ def _read_yaml(url: str, text: str) -> tuple[str, list[tuple[str, Any]]]:
     if not isinstance(shards, list) or not shards:
         raise ManifestError(f"{url}: shards must be a list of at least one path, range, glob or mapping")
     items = [{"url": item} if isinstance(item, str) else item for item in shards]
-    return name, [(f"shards[{index}]", item) for index, item in enumerate(items)]
+    endpoint = data.get("storage", {})
+    if not isinstance(endpoint, dict) or not all(
+        isinstance(value, str) and value for value in endpoint.values()
+    ):
+        raise ManifestError(f"{url}: storage is a mapping of {' and '.join(storage.ENDPOINT)} to text")
+    _refuse_unknown(endpoint, storage.ENDPOINT, f"{url}: storage")
+    return name, [(f"shards[{index}]", item) for index, item in enumerate(items)], endpoint
 
 
 def _read_jsonl(url: str, text: str) -> list[tuple[str, Any]]:
@@ -202,8 +209,10 @@ def _read_parquet(url: str) -> list[tuple[str, Any]]:
     ]
 
 
-def _resolve(item: Any, folder: str, place: str) -> Iterator[ShardEntry]:
-    """The entries one item stands for."""
+def _resolve(
+    item: Any, folder: str, place: str, endpoint: Mapping[str, str] | None = None
+) -> Iterator[ShardEntry]:
+    """The entries one item stands for; shards in a store are at `endpoint`."""
     if not isinstance(item, dict):
         raise ManifestError(f"{place}: expected a path or a mapping with url, not {item!r}")
     _refuse_unknown(item, tuple(_COLUMNS), place)
@@ -217,7 +226,7 @@ def _resolve(item: Any, folder: str, place: str) -> Iterator[ShardEntry]:
     digest = item.get("digest")
     if digest is not None and not _DIGEST.fullmatch(digest):
         raise ManifestError(f"{place}: digest must be a SHA-256 in 64 small hex digits, not {digest!r}")
-    found = list(_expand(item["url"], folder, place))
+    found = list(_expand(item["url"], folder, place, endpoint or {}))
     if len(found) != 1 and len(item) > 1:
         extra = ", ".join(sorted(item.keys() - {"url"}))
         raise ManifestError(f"{place}: {item['url']} stands for {len(found)} shards, so it can't have {extra}")
@@ -238,7 +247,7 @@ def _resolve(item: Any, folder: str, place: str) -> Iterator[ShardEntry]:
         )
 
 
-def _expand(written: str, folder: str, place: str) -> Iterator[tuple[str, str]]:
+def _expand(written: str, folder: str, place: str, endpoint: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     """(URL as written, URL) of every shard a path, brace range or glob stands for."""
     try:
         names = list(braceexpand(written)) if "{" in written else [written]
@@ -247,12 +256,12 @@ def _expand(written: str, folder: str, place: str) -> Iterator[tuple[str, str]]:
     for name in names:
         elsewhere = "://" in name or name.startswith(("/", shipped.SCHEME))
         url = shipped.resolve(name) if elsewhere else storage.join(folder, name)
-        if not re.search(r"[*?\[]", name):
-            yield name, url
+        if not re.search(r"[*?\[]", name.partition("?")[0] if name.startswith("http") else name):
+            yield name, storage.at_endpoint(url, endpoint)
             continue
         # The folder's own name may hold what looks like a pattern; only `name` is one.
         pattern = url if elsewhere else storage.join(glob.escape(folder), name)
-        found = storage.glob(pattern)
+        found = storage.glob(storage.at_endpoint(pattern, endpoint))
         if not found:
             raise ManifestError(f"{place}: {name} matches nothing in {folder}; correct the pattern")
         yield from ((match if elsewhere else match.removeprefix(folder + "/"), match) for match in found)
@@ -283,6 +292,7 @@ def _refuse_unknown(given: Mapping[Any, Any], known: Sequence[str], place: str) 
 
 
 def _stem_of(url: str, place: str) -> str:
+    url = url.partition("#")[0] if "://" in url else url
     name = url.partition("?")[0].rpartition("/")[2] if "://" in url else url.rpartition("/")[2]
     stem, found = _SHARD_SUFFIX.subn("", name)
     if not found:

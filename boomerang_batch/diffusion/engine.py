@@ -3,7 +3,7 @@
 One thread owns the device. It fills free slots from whatever stream has a draw ready, the oldest stream and its
 longest draw first, takes the slots of one shape one node further, hands out what has arrived, and fills up
 again. So samples of different t, variants, cascades and the ends of shards share every network call. A stream's
-draws are prepared on a thread of its own and its results taken on the caller's, with bounded queues between them.
+draws are prepared on a thread of its own, its results taken on the caller's, with bounded queues between them.
 
 Where slots are free and a reader is late the engine waits for it, but until a draw comes no longer in all than
 one iteration takes: longer costs more than it saves.
@@ -79,6 +79,9 @@ class Engine:
         self._outbox = Outbox(denoiser, decode_batch=encode_batch, device=self.device)
         self._streams: list[Stream] = []
         self._iteration_s = self._patience_s = _LONGEST_WAIT_S
+        self._round_began: float | None = None
+        self._busy_s = 0.0
+        self._evaluations = 0
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -88,6 +91,23 @@ class Engine:
     def batch_size(self) -> int:
         """Slots for each shape; half as many as at first once an elastic run's memory ran out."""
         return self._groups.batch_size
+
+    @property
+    def stalled_s(self) -> float:
+        """How long the device has been at the round it is at; 0 while it waits for draws."""
+        began = self._round_began
+        return 0.0 if began is None else time.monotonic() - began
+
+    @property
+    def totals(self) -> dict[str, float]:
+        """What it has done so far, and what waits."""
+        with self._changed:
+            return {
+                "evaluations_total": self._evaluations,
+                "device_busy_seconds_total": self._busy_s,
+                "draws_waiting": sum(len(stream.waiting) for stream in self._streams),
+                "outputs_waiting": sum(len(stream.results) for stream in self._streams),
+            }
 
     def run(self, draws: Iterable[Draw]) -> Iterator[Drawn]:
         """Yield what becomes of each draw, in the order of arrival, which is not that of `draws`.
@@ -168,6 +188,7 @@ class Engine:
             return False
         with self._changed:
             dry = all(stream.exhausted and not stream.waiting for stream in self._streams)
+        self._round_began = time.monotonic()
         finished = self._groups.admit(taken, dry=dry)
         idle = not self._groups.busy
         started = time.monotonic()
@@ -181,6 +202,8 @@ class Engine:
             # On CUDA to advance is to ask for it; the time it takes passes in waiting for the round before.
             spent_s = sending - started + time.monotonic() - receiving
             self._iteration_s = min(spent_s, _LONGEST_WAIT_S)
+            self._busy_s += spent_s
+        self._round_began = None
         return True
 
     def _take(self) -> dict[Slots, list[Draw]] | None:
@@ -256,6 +279,8 @@ class Engine:
                     draw=ticket.draw, pass_number=one.pass_number, image=image, batch_size=one.batch_size
                 )
                 ticket.stream.results.append(drawn)
-                ticket.stream.inside -= one.pass_number == one.draw.passes
+                if one.pass_number == one.draw.passes:
+                    ticket.stream.inside -= 1
+                    self._evaluations += one.draw.evaluations
             if arrived:
                 self._changed.notify_all()

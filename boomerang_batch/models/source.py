@@ -1,8 +1,8 @@
 """Where a model lies on disk, which of its files count, and the digest that pins it.
 
 A source is a diffusers pipeline folder (model_index.json), a bare network folder (config.json beside the
-weights), `shipped:...`, or a hub id at a pinned commit. Configurations are parsed as data and weights are
-safetensors only: reading a pickle runs whatever code it holds.
+weights), either of them in a store, `shipped:...`, or a hub id at a pinned commit. Configurations are parsed as
+data and weights are safetensors only: reading a pickle runs whatever code it holds.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from huggingface_hub.errors import HTTPError as HubError  # type: ignore[attr-de
 
 from boomerang_batch.config.pipeline import ModelSpec
 from boomerang_batch.errors import ModelError
+from boomerang_batch.models.fetch import fetch
 from boomerang_batch.models.parts import Part, read_json, read_part
 from boomerang_batch.shipped import SCHEME, resolve
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_FILES = ["*.json", "*.txt", "*/*.safetensors", "diffusion_pytorch_model*.safetensors"]
+_MODEL_FILES = ["*.json", "*.txt", "*/*.safetensors", "diffusion_pytorch_model*.safetensors"]
 _DATA_FILES = (
     "added_tokens.json",
     "merges.txt",
@@ -155,7 +156,7 @@ def _root(spec: ModelSpec) -> Path:
             f"model.source {path}: a single file; give a diffusers folder, as save_pretrained writes it"
         )
     if "://" in spec.source:
-        raise ModelError(f"model.source {spec.source}: models load from a local folder; download it first")
+        return fetch(spec.source, patterns=_MODEL_FILES)
     if not _HUB_ID.fullmatch(spec.source):
         raise ModelError(
             f"model.source {spec.source}: there is no such folder, and it is no hub id (owner/name)"
@@ -170,7 +171,7 @@ def _download(hub_id: str, revision: str | None) -> Path:
             "commit, so that the same recipe always means the same weights"
         )
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_MODEL_FILES))
     except GatedRepoError as error:
         raise ModelError(
             f"model.source {hub_id}: the hub wants you to accept its terms and log in (hf auth login)"

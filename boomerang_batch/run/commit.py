@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 from boomerang_batch import storage
 from boomerang_batch.data.provenance import Marker
-from boomerang_batch.errors import ObjectExistsError, StorageError
+from boomerang_batch.errors import ObjectExistsError, ObjectMissingError, StorageError
 
 MARKER_SUFFIX = "_stats.json"
 TAR_SUFFIX = ".tar"
@@ -53,8 +53,10 @@ def read_marker(out: str, name: str) -> Marker | None:
 
     One that can't be parsed, or tells of another shard, is none.
     """
-    url = storage.join(out, name + MARKER_SUFFIX)
-    marker = Marker.from_bytes(storage.read_bytes(url)) if storage.exists(url) else None
+    try:
+        marker = Marker.from_bytes(storage.read_bytes(storage.join(out, name + MARKER_SUFFIX)))
+    except ObjectMissingError:
+        return None
     return marker if marker is not None and marker.stem == name else None
 
 

@@ -5,6 +5,9 @@ unless storage says that they were committed before the death. A task that share
 not be to blame, so from then on it runs alone; only a death that a task met alone, and without having got
 further than any time before, counts as an attempt. After `max_attempts` of those it is quarantined. Ray's own
 restarts and retries are off: they would repeat a poisoned task for ever and could not tell the innocent.
+
+A worker that does not answer, or whose device has been at one step for too long, counts as dead: Ray does not
+notice either. One whose machine is about to leave gives its tasks back in time, which is no attempt.
 """
 
 from __future__ import annotations
@@ -12,26 +15,32 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import os
-import secrets
-import signal
 import threading
+import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError, WorkerCrashedError
+from ray.exceptions import RayTaskError
 
 from boomerang_batch.errors import BoomerangError, RunMismatchError, StoppedError
+from boomerang_batch.run import ray_cluster
 from boomerang_batch.run.commit import read_marker
-from boomerang_batch.run.tasks import DEPTH, RunSpec, ShardReport, Task, WorkerFacts
+from boomerang_batch.run.ray_cluster import DEATHS, answer, first_line, why
+from boomerang_batch.run.tasks import DEPTH, RunSpec, ShardReport, Task, WorkerFacts, WorkerState
 from boomerang_batch.run.worker import Worker
 
 _POLL_S = 0.5
+_LOOK_EVERY_S = 2.0
+"""How often the cluster is asked for machines that join or leave."""
+_ASK_EVERY_S = 1.0
+_SILENT_S = 60.0
+"""A worker that has not answered for so long is frozen or out of reach; an answer needs no device."""
+_LEAVE_BEFORE_S = 20.0
+"""So long before its machine is shut down a worker gives its tasks back."""
 _LOAD_DEATHS_ALLOWED = 3
-_DEATHS = (RayActorError, OutOfMemoryError, WorkerCrashedError)
 
 _log = logging.getLogger(__name__)
 
@@ -47,7 +56,11 @@ class _Member:
     alone: bool = False
     """Whether the task it has must not be joined by another."""
     asked: Any = None
-    finished: Mapping[str, int] = field(default_factory=dict)
+    asked_at: float = 0.0
+    state: WorkerState = field(default_factory=WorkerState)
+    leaving: bool = False
+    """Whether its machine is about to be shut down: it gets no more tasks."""
+    stopping: bool = False
 
 
 class RayPool:
@@ -66,6 +79,7 @@ class RayPool:
         self._members: list[_Member] = []
         self._facts: WorkerFacts | None = None
         self._load_deaths = 0
+        self._looked_at = 0.0
         self._queue: deque[Task] = deque()
         self._solo: deque[Task] = deque()
         self._attempts: Counter[str] = Counter()
@@ -78,16 +92,21 @@ class RayPool:
         yet, the first worker probes alone, and the others are told. Raises StoppedError when `stop` is set
         meanwhile.
         """
-        self._connect()
-        gpus = int(ray.cluster_resources().get("GPU", 0)) if self._spec.device != "cpu" else 0
+        self._owns_ray = ray_cluster.connect(self._address)
+        gpus = ray_cluster.gpus() if self._spec.device != "cpu" else 0
         wanted = self._workers or max(gpus, 1)
         if gpus and wanted > gpus:
-            _log.warning("%d workers wanted but Ray has %d GPUs; going on with %d", wanted, gpus, gpus)
-            wanted = gpus
-        self._options = {"num_gpus": 1 if gpus else 0, "num_cpus": 0, "scheduling_strategy": "SPREAD"}
+            _log.warning("%d workers wanted but Ray has %d GPUs; the others join as GPUs do", wanted, gpus)
+        elsewhere = self._address != "local"
+        on_gpus = bool(gpus) or (self._spec.device == "cuda" and elsewhere)  # GPUs that are still to come
+        self._options = {
+            "num_gpus": 1 if on_gpus else 0,
+            # A cluster's head has no CPUs to give, so that nothing but the driver runs there.
+            "num_cpus": 0 if on_gpus or not elsewhere else 1,
+            "scheduling_strategy": "SPREAD",
+        }
         probing = self._spec.recipe.batch_size == "auto" and self._spec.batch_size is None
-        for _ in range(1 if probing else wanted):
-            self._hire()
+        self._hire(1 if probing else wanted)
         while self._facts is None:
             if stop.is_set():
                 raise StoppedError("stopped before any worker was ready; run the same command to begin again")
@@ -96,8 +115,7 @@ class RayPool:
                 self._welcome(member)
         if probing:
             self._spec = dataclasses.replace(self._spec, batch_size=int(self._facts.stack["batch_size"]))
-            for _ in range(wanted - 1):
-                self._hire()
+            self._hire(wanted - 1)
         return self._facts
 
     def run(
@@ -113,9 +131,10 @@ class RayPool:
                 for member in self._members:
                     member.actor.stop.remote()
             if not stopping:
+                self._look_round()
                 self._hand_out()
             yield from self._settle(stopping)
-            self._ask_progress(progress)
+            yield from self._ask(progress, stopping)
 
     def close(self) -> None:
         """End the workers, and Ray where it is ours."""
@@ -124,34 +143,16 @@ class RayPool:
         if self._owns_ray:
             ray.shutdown()
 
-    def _connect(self) -> None:
-        if ray.is_initialized():
-            return
-        self._owns_ray = True
-        # Ray installs signal handlers of its own; ours decide how a run ends.
-        main = threading.current_thread() is threading.main_thread()
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if main}
-        options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": False}
-        if self._address == "local":
-            # A throwaway token keeps other users of this machine out, and Ray from writing one to HOME.
-            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-            options["include_dashboard"] = False
-        try:
-            ray.init(address=self._address, **options)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise BoomerangError(f"can't reach a Ray cluster at {self._address}: {error}") from error
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-    def _hire(self) -> None:
-        actor = self._worker.options(**self._options).remote(self._spec)
-        self._members.append(_Member(actor=actor, loading=actor.load.remote()))
+    def _hire(self, count: int = 1) -> None:
+        for _ in range(count):
+            actor = self._worker.options(**self._options).remote(self._spec)
+            self._members.append(_Member(actor=actor, loading=actor.load.remote()))
 
     def _welcome(self, member: _Member) -> None:
         """A worker has answered its `load` call: it is ready, or dead, or what it loads is bad."""
         try:
-            facts: WorkerFacts = _answer(member.loading)
-        except _DEATHS as error:
+            facts: WorkerFacts = answer(member.loading)
+        except DEATHS as error:
             self._dismiss(member)
             self._load_deaths += 1
             told = f"{self._load_deaths} worker(s) in a row died while loading the model; is memory short?"
@@ -161,7 +162,7 @@ class RayPool:
                 # One bad machine must not end what the others can do.
                 _log.warning("%s Going on with %d worker(s)", told, len(self._members))
             else:
-                raise BoomerangError(f"{told} ({_first_line(error)})") from error
+                raise BoomerangError(f"{told} ({why(error)})") from error
             return
         self._load_deaths = 0
         if self._facts is not None and facts != self._facts:
@@ -172,14 +173,40 @@ class RayPool:
         self._facts = facts
         member.loading = None
 
+    def _look_round(self) -> None:
+        """Use GPUs that have joined, and let machines go that are leaving, or not needed any more."""
+        if time.monotonic() - self._looked_at < _LOOK_EVERY_S:
+            return
+        self._looked_at = time.monotonic()
+        waiting = len(self._queue) + len(self._solo)
+        if self._workers is None and self._options["num_gpus"] and waiting:
+            self._hire(max(ray_cluster.gpus() - len(self._members), 0))
+        if not waiting:
+            # Workers that wait for a GPU are what makes an autoscaler add machines; idle ones keep machines.
+            for member in [member for member in self._members if not member.tasks]:
+                self._dismiss(member)
+        left_s = ray_cluster.leaving()
+        for member in [member for member in self._members if member.state.node in left_s]:
+            member.leaving = True
+            if not member.tasks:
+                self._replace(member)
+            elif not member.stopping and left_s[member.state.node] < _LEAVE_BEFORE_S:
+                member.stopping = True
+                member.actor.stop.remote()
+
     def _hand_out(self) -> None:
         for member in self._members:
-            if member.loading is not None:
+            if member.loading is not None or member.leaving:
                 continue
             if self._solo and not member.tasks:
                 self._give(member, self._solo.popleft(), alone=True)
             while self._queue and not member.alone and len(member.tasks) < DEPTH and not self._solo:
                 self._give(member, self._queue.popleft(), alone=False)
+
+    def _replace(self, member: _Member) -> None:
+        _log.info("a worker leaves with its machine")
+        self._dismiss(member)
+        self._hire()
 
     def _dismiss(self, member: _Member) -> None:
         """Let a worker go. One that seems dead is killed too: it may only be out of reach, and hold its GPU."""
@@ -205,37 +232,41 @@ class RayPool:
                 continue
             task = member.tasks[reference]
             try:
-                report: ShardReport = _answer(reference)
-            except _DEATHS as error:
-                yield from self._bury(member, f"its worker died: {_first_line(error)}", hire=not stopping)
+                report: ShardReport = answer(reference)
+            except DEATHS as error:
+                yield from self._bury(member, why(error), hire=not stopping)
                 continue
             except RayTaskError as error:
                 _log.error("task %s failed unexpectedly", task.name, exc_info=error)
                 # A worker may be broken for good by now, as CUDA errors break a process, and would fail every
                 # further task at once: it is replaced as if it had died.
-                yield from self._bury(
-                    member, f"unforeseen error: {_first_line(error.cause)}", hire=not stopping
-                )
+                reason = f"unforeseen error: {first_line(error.cause)}"
+                yield from self._bury(member, reason, hire=not stopping)
                 continue
             del member.tasks[reference]
             member.alone = False
-            yield report
+            if member.stopping and report.status == "stopped" and not stopping:
+                self._queue.appendleft(task)
+            else:
+                yield report
 
-    def _bury(self, member: _Member, why: str, *, hire: bool) -> Iterator[ShardReport]:
+    def _bury(self, member: _Member, reason: str, *, hire: bool) -> Iterator[ShardReport]:
         """A worker is lost: sort out what it leaves and hire another."""
         self._dismiss(member)
         victims = list(member.tasks.values())
-        _log.warning("a worker is lost with %d task(s) in flight; %s", len(victims), why)
+        _log.warning("a worker is lost with %d task(s) in flight; %s", len(victims), reason)
         for task in victims:
             there = read_marker(self._spec.out, task.name)
-            got = member.finished.get(task.name, 0)
+            got = member.state.finished.get(task.name, 0)
             if there is not None:
                 yield ShardReport(name=task.name, status="there", counts=there.counts)
+            elif member.leaving:
+                self._queue.appendleft(task)  # it was known to end
             elif len(victims) > 1 or got > self._furthest.get(task.name, 0):
                 self._furthest[task.name] = max(got, self._furthest.get(task.name, 0))
                 self._solo.append(task)
             else:
-                yield from self._blame(task, why)
+                yield from self._blame(task, reason)
         if hire:
             self._hire()
 
@@ -248,30 +279,23 @@ class RayPool:
         reason = f"gave up on shard {task.name} after {self._max_attempts} attempts; {reason}"
         yield ShardReport(name=task.name, status="quarantined", reason=reason)
 
-    def _ask_progress(self, progress: Callable[[str, int], None]) -> None:
-        for member in self._members:
-            if member.loading is not None or not member.tasks:
-                continue
+    def _ask(self, progress: Callable[[str, int], None], stopping: bool) -> Iterator[ShardReport]:
+        """Ask every worker at work how it is; one that is in no state to go on is lost."""
+        for member in [member for member in self._members if member.loading is None and member.tasks]:
             if member.asked is None:
-                member.asked = member.actor.progress.remote()
+                if time.monotonic() - member.asked_at > _ASK_EVERY_S:
+                    member.asked, member.asked_at = member.actor.state.remote(), time.monotonic()
             elif ray.wait([member.asked], timeout=0)[0]:
-                with contextlib.suppress(*_DEATHS):  # its tasks' references will tell
-                    member.finished = ray.get(member.asked)
+                with contextlib.suppress(*DEATHS):  # its tasks' references will tell
+                    member.state = ray.get(member.asked)
                     for task in member.tasks.values():
-                        if task.name in member.finished:
-                            progress(task.name, member.finished[task.name])
+                        if task.name in member.state.finished:
+                            progress(task.name, member.state.finished[task.name])
                 member.asked = None
-
-
-def _answer(reference: Any) -> Any:
-    """What a call returned. An error of ours comes as it was raised, not with Ray's traceback for its words."""
-    try:
-        return ray.get(reference)
-    except RayTaskError as error:
-        if isinstance(error.cause, BoomerangError):
-            raise error.cause from None
-        raise
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
+            silent_s = time.monotonic() - member.asked_at if member.asked is not None else 0.0
+            stalled_s, limit_s = member.state.stalled_s, self._spec.recipe.run.step_deadline_s
+            if silent_s > _SILENT_S:
+                yield from self._bury(member, f"no answer from it for {silent_s:.0f} s", hire=not stopping)
+            elif stalled_s > limit_s:
+                reason = f"its device was at one step for {stalled_s:.0f} s (run.step_deadline_s: {limit_s:g})"
+                yield from self._bury(member, reason, hire=not stopping)

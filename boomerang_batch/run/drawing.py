@@ -59,6 +59,19 @@ class Drawing:
         """Whether the network computes in float32 as it is."""
         return self._dtype == "float32"
 
+    @property
+    def stalled_s(self) -> float:
+        """How long the device has been at the step it is at; 0 between steps."""
+        exact = self._exact
+        return max(self._engine.stalled_s, 0.0 if exact is None else exact.stalled_s)
+
+    @property
+    def totals(self) -> dict[str, float]:
+        """What both engines have done so far, and what waits for them."""
+        exact = self._exact
+        more = {} if exact is None else exact.totals
+        return {name: value + more.get(name, 0.0) for name, value in self._engine.totals.items()}
+
     def close(self) -> None:
         """Let the device go."""
         self._engine.close()

@@ -11,23 +11,31 @@ import datetime as dt
 import functools
 import itertools
 import logging
-import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from boomerang_batch import storage
-from boomerang_batch.config.pipeline import Recipe
-from boomerang_batch.data.manifest import Manifest
-from boomerang_batch.errors import ConfigError, ManifestError, PrivateDirError, RunMismatchError, StorageError
+from boomerang_batch.errors import ConfigError, ManifestError, RunMismatchError, StorageError
+from boomerang_batch.run import journal, lease
+from boomerang_batch.run.appendix import appendices, current_counts, failed_tasks, is_appendix
+from boomerang_batch.run.budget import Spending
 from boomerang_batch.run.commit import MARKER_SUFFIX, read_marker
+from boomerang_batch.run.cpus import usable_cpus
 from boomerang_batch.run.keys import KeyRegistry
+from boomerang_batch.run.lease import Lease
 from boomerang_batch.run.naming import Naming
-from boomerang_batch.run.private import SECRET_VARIABLE, load_secret, prepare_private_dir
-from boomerang_batch.run.record import LOGS_NAME, RunRecord, open_record, read_record
+from boomerang_batch.run.record import LOGS_NAME, open_record, read_record
+from boomerang_batch.run.request import (
+    RunRequest,
+    expected_record,
+    list_tasks,
+    manifest_digest_over,
+    open_naming,
+    record_homes,
+)
 from boomerang_batch.run.sheet import publish_sheets
 from boomerang_batch.run.tasks import RunReport, RunSpec, ShardReport, Task, WorkerFacts
 from boomerang_batch.run.telemetry import Telemetry
@@ -53,34 +61,24 @@ class Pool(Protocol):
         ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunRequest:
-    """What the user asked for."""
-
-    recipe: Recipe
-    manifest: Manifest
-    out: str
-    private_dir: str | None = None
-    address: str = "inline"
-    workers: int | None = None
-    device: str = "auto"
-    threads: int | None = None
-    limit: int | None = None
-    extend: bool = False
-    accept_stack: bool = False
-    quiet: bool = False
-
-
 def execute(request: RunRequest, *, stop: threading.Event) -> RunReport:
     """Do a run, or go on with it. Raises BoomerangError when it can't be begun or storage fails.
 
-    Setting `stop` ends it at a batch boundary; what is committed stays, and the same request resumes.
+    Setting `stop` ends it at a batch boundary; what is committed stays, and the same request resumes. Raises
+    LeaseError where another run is at work on OUT.
     """
+    naming = open_naming(request)
+    tasks = list_tasks(request, naming)
+    storage.make_folder(request.out)
+    with lease.held(request.out, wait=request.wait, stop=stop) as holding:
+        return _execute(request, naming, tasks, holding, stop)
+
+
+def _execute(
+    request: RunRequest, naming: Naming, tasks: Sequence[Task], holding: Lease, stop: threading.Event
+) -> RunReport:
     started = time.monotonic()
     recipe, out = request.recipe, request.out
-    naming = _naming(request)
-    tasks = _plan(request, naming)
-    storage.make_folder(out)
     storage.sweep(out)
     there = read_record(out)
     if there is None:
@@ -92,7 +90,8 @@ def execute(request: RunRequest, *, stop: threading.Event) -> RunReport:
         out=storage.absolute(out),
         private_dir=request.private_dir and storage.absolute(request.private_dir),
         device=request.device,
-        threads=request.threads or int(stack.get("threads", os.cpu_count() or 1)),
+        threads=request.threads or int(stack.get("threads", usable_cpus())),
+        epoch=holding.epoch,
         # What was probed once is frozen; another time or machine would come to something else.
         batch_size=int(stack["batch_size"]) if "batch_size" in stack else None,
     )
@@ -101,74 +100,54 @@ def execute(request: RunRequest, *, stop: threading.Event) -> RunReport:
         facts = pool.start(stop=stop)
         for warning in facts.warnings:
             _log.warning("%s", warning)
-        record = _record(request, naming, tasks, facts)
-        for home in _homes(request):
+        record = expected_record(request, naming, tasks, facts)
+        if there and facts.stack != there.stack:
+            holding.let_uploads_end(stop)
+        for home in record_homes(request):
             open_record(
                 home,
                 record,
-                digest_over=functools.partial(_digest_over, request, naming),
+                digest_over=functools.partial(manifest_digest_over, request, naming),
                 extend=request.extend,
                 accept_stack=request.accept_stack,
             )
-        reports = _work(request, pool, tasks, stop)
+        reports, gave_up = _work(request, pool, tasks, stop)
     finally:
         pool.close()
         storage.sweep(out)
-    return _close(request, naming, tasks, reports, stop, time.monotonic() - started)
-
-
-def _homes(request: RunRequest) -> list[str]:
-    """Where the run's record stands: OUT, and the private dir, whose links must not mix with another run's."""
-    private = request.recipe.purpose == "anonymize" and request.private_dir
-    return [*([private] if private else []), request.out]
+    lease.require(out, holding.epoch)
+    report = _close(request, naming, tasks, reports, stopped=stop.is_set())
+    return dataclasses.replace(report, gave_up=gave_up, seconds=round(time.monotonic() - started, 3))
 
 
 def _work(
     request: RunRequest, pool: Pool, tasks: Sequence[Task], stop: threading.Event
-) -> dict[str, ShardReport]:
-    """Have everything done that storage does not say is done; the reports by name."""
+) -> tuple[dict[str, ShardReport], str]:
+    """Have everything done that storage does not say is done; the reports by name, and why the run gave up."""
     out, reports, registry = request.out, {}, KeyRegistry()
+    spending, gave_up = Spending(request.recipe.run.on_error), ""
     done, todo = _split(request, tasks)
+    if request.only_failed:
+        names = {report.name for report in done}
+        private = request.private_dir if request.recipe.purpose == "anonymize" else None
+        todo += failed_tasks(out, private, [task for task in tasks if task.name in names])
     with Telemetry(shards=len(tasks), quiet=request.quiet) as telemetry:
         try:
             for report in itertools.chain(done, pool.run(todo, stop=stop, progress=telemetry.images_in_flight)):
                 reports[report.name] = report
                 telemetry.shard(report)
-                if report.status in ("done", "there") and request.recipe.identity == "key":
+                gave_up = gave_up or spending.add(report)
+                if gave_up or report.status == "stopped":  # of itself: another run has taken OUT over
+                    stop.set()
+                counted = report.status in ("done", "there") and not is_appendix(report.name)
+                if counted and request.recipe.identity == "key":
                     repeated = registry.add(out, report.name)
                     if repeated:
                         raise ManifestError(f"{request.manifest.name}: {repeated}")
         finally:
             _publish_log(out, telemetry)
-    return reports
-
-
-def _naming(request: RunRequest) -> Naming:
-    """The run's names, with the private dir made on first use."""
-    if request.recipe.purpose != "anonymize":
-        return Naming(request.recipe, None)
-    if request.private_dir is None and SECRET_VARIABLE not in os.environ:
-        load_secret(None)  # raises, and says what is missing
-    if request.private_dir is None:
-        raise PrivateDirError("purpose anonymize writes the table of pseudonyms: give --private-dir DIR")
-    prepare_private_dir(request.private_dir, out=request.out)
-    return Naming(request.recipe, load_secret(request.private_dir))
-
-
-def _plan(request: RunRequest, naming: Naming) -> list[Task]:
-    entries = request.manifest.shards[: request.limit]
-    if not entries:
-        raise ManifestError(f"manifest {request.manifest.name} lists no shards")
-    for entry in entries:
-        if storage.lies_in(entry.url, request.out):
-            raise ManifestError(
-                f"{entry.url} lies in OUT ({request.out}) and would be overwritten or published; "
-                "choose another OUT"
-            )
-    tasks = [Task(name=naming.stem(entry.stem), url=entry.url, source_stem=entry.stem) for entry in entries]
-    # In the order of the outputs' names: logs and file times tell the order of work, and the manifest's would
-    # tell which pseudonym is whose.
-    return sorted(tasks, key=lambda task: task.name)
+    untouched = {task.name: ShardReport(name=task.name, status="left") for task in todo}
+    return untouched | reports, gave_up
 
 
 def _pool(spec: RunSpec, request: RunRequest) -> Pool:
@@ -188,28 +167,6 @@ def _pool(spec: RunSpec, request: RunRequest) -> Pool:
     )
 
 
-def _record(request: RunRequest, naming: Naming, tasks: Sequence[Task], facts: WorkerFacts) -> RunRecord:
-    names = tuple(task.name for task in tasks)
-    return RunRecord(
-        name=request.recipe.name,
-        recipe=request.recipe.canonical(),
-        recipe_digest=request.recipe.digest,
-        manifest_digest=_digest_over(request, naming, names),
-        limit=request.limit,
-        shards=names,
-        model_digest=facts.model_digest,
-        noise_key_id=naming.noise_key_id,
-        stack=facts.stack,
-    )
-
-
-def _digest_over(request: RunRequest, naming: Naming, names: Collection[str]) -> str:
-    """The manifest's digest over the shards whose outputs have these names."""
-    wanted = set(names)
-    shards = tuple(entry for entry in request.manifest.shards if naming.stem(entry.stem) in wanted)
-    return naming.digest(dataclasses.replace(request.manifest, shards=shards).digest.encode())
-
-
 def _split(request: RunRequest, tasks: Sequence[Task]) -> tuple[list[ShardReport], list[Task]]:
     """What storage says is done, and what is left to do.
 
@@ -217,6 +174,7 @@ def _split(request: RunRequest, tasks: Sequence[Task]) -> tuple[list[ShardReport
     """
     out = request.out
     names = set(storage.list_names(out))
+    more = appendices(names)
     done, todo = [], []
     for task in tasks:
         marker = read_marker(out, task.name) if task.name + MARKER_SUFFIX in names else None
@@ -225,7 +183,8 @@ def _split(request: RunRequest, tasks: Sequence[Task]) -> tuple[list[ShardReport
         elif marker.recipe_digest != request.recipe.digest:
             raise RunMismatchError(f"{out} holds shard {task.name} of another recipe; use an empty OUT")
         else:
-            done.append(ShardReport(name=task.name, status="there", counts=marker.counts))
+            counts = current_counts(out, marker.counts, more.get(task.name, ()))
+            done.append(ShardReport(name=task.name, status="there", counts=counts))
     return done, todo
 
 
@@ -245,32 +204,35 @@ def _close(
     naming: Naming,
     tasks: Sequence[Task],
     reports: dict[str, ShardReport],
-    stop: threading.Event,
-    seconds: float,
+    *,
+    stopped: bool,
 ) -> RunReport:
     """Count what storage holds now; when nothing is left to do, draw the contact sheets."""
     done, left = _split(request, tasks)
     rows: Counter[str] = Counter()
     for report in done:
         rows.update(report.counts)
-    quarantined = [task for task in left if reports.get(task.name, _UNTOUCHED).status == "quarantined"]
-    stopped = stop.is_set() and len(left) > len(quarantined)
+    # Of shards storage tells whether they are done; an appendix that was not made leaves its shard as it was.
+    status = {name: report.status for name, report in reports.items()}
+    undone = {task.name for task in left}
+    undone |= {name for name, what in status.items() if is_appendix(name) and what != "done"}
+    quarantined = sorted(name for name in undone if status.get(name) == "quarantined")
+    stopped = stopped and len(undone) > len(quarantined)
     if not stopped:
         publish_sheets(request.recipe, request.out, request.private_dir, naming, tasks, done)
-    made = [report for report in reports.values() if report.status == "done"]
+    journal.sweep(request.out, [report.name for report in done])
+    made = [name for name, report in reports.items() if report.status == "done"]
+    mended = sum(map(is_appendix, made))
     return RunReport(
         out=request.out,
         shards={
-            "done": len(made),
-            "there": len(done) - len(made),
+            "done": len(made) - mended,
+            "there": len(done) - len(made) + mended,
+            "mended": mended,
             "quarantined": len(quarantined),
-            "left": len(left) - len(quarantined),
+            "left": len(undone) - len(quarantined),
         },
         rows=dict(sorted(rows.items())),
-        problems=tuple(reports[task.name].reason for task in quarantined),
-        seconds=round(seconds, 3),
+        problems=tuple(reports[name].reason for name in quarantined),
         stopped=stopped,
     )
-
-
-_UNTOUCHED = ShardReport(name="", status="untouched")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
 from collections.abc import Hashable, Sequence
 
 import numpy as np
@@ -66,29 +67,36 @@ class RepeatedOutputError(SampleError):
 class Seen:
     """The outputs of one task so far, by digest, to tell when two draws gave the same one.
 
-    A collapsed model, or noise used twice, gives different samples one image.
+    A collapsed model, or noise used twice, gives different samples one image. Threads may share it.
     """
 
     def __init__(self, value_range: ValueRange) -> None:
         self._range = value_range
         self._draws: dict[bytes, list[Hashable] | None] = {}
         """Who gave an output, by its digest; None once they were refused, as all will be who give it again."""
+        self._looking = threading.Lock()
 
-    def check(self, x_0: Tensor, *, draw: Hashable) -> None:
-        """Raise RepeatedOutputError if another draw gave just this output (C, H, W), unless it has no contrast.
+    def digest(self, x_0: Tensor) -> bytes | None:
+        """What stands for an output (C, H, W) here; None without contrast, for those may be alike."""
+        if _contrast(x_0, self._range) < _FLAT:
+            return None
+        return hashlib.blake2b(x_0.numpy().tobytes(), digest_size=16).digest()
+
+    def check(self, digest: bytes | None, *, draw: Hashable) -> None:
+        """Raise RepeatedOutputError if another draw gave just the output of this digest.
 
         In the end all who gave it are refused, whatever their order. `draw` names where the noise came from:
         noise key and pass. Equal images under one noise key rightly give equal outputs, and so does a
         repetition. For outputs that took at least one evaluation.
         """
-        if _contrast(x_0, self._range) < _FLAT:
+        if digest is None:
             return
-        digest = hashlib.blake2b(x_0.numpy().tobytes(), digest_size=16).digest()
-        draws = self._draws.setdefault(digest, [])
-        if draws is not None and (not draws or draws[0] == draw):  # so all of them are
-            draws.append(draw)
-            return
-        self._draws[digest] = None
+        with self._looking:
+            draws = self._draws.setdefault(digest, [])
+            if draws is not None and (not draws or draws[0] == draw):  # so all of them are
+                draws.append(draw)
+                return
+            self._draws[digest] = None
         raise RepeatedOutputError(draws or ())
 
 

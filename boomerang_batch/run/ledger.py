@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -50,8 +50,12 @@ class _Entry(NamedTuple):
 class Ledger:
     """The record of one shard, over a spool file open as long as the `with` block. Threads may share it."""
 
-    def __init__(self, spool: Path, *, by_pseudonym: bool) -> None:
+    def __init__(
+        self, spool: Path, *, by_pseudonym: bool, wants: Callable[[str | None, int], bool] | None = None
+    ) -> None:
+        """`wants` tells which outputs, by key and number, are to be recorded; None: all."""
         self._spool = spool.open("w+b")
+        self._wants = wants or (lambda key, number: True)
         self._by_pseudonym = by_pseudonym
         self._entries: dict[str | None, dict[tuple[int, int], _Entry]] = defaultdict(dict)
         """By key, then by offset and variant."""
@@ -69,14 +73,14 @@ class Ledger:
     def add(self, source: Source, row: Row, member_key: str, fields: Mapping[str, bytes]) -> None:
         """Take a finished output, unless its sample has been withdrawn meanwhile."""
         with self._writing:
-            if source.key not in self._withdrawn:
+            if source.key not in self._withdrawn and self._wants(source.key, row.variant):
                 places = {name: self._write(data) for name, data in fields.items()}
                 self._enter(source, row, member_key, places)
 
     def refuse(self, source: Source, row: Row) -> None:
         """Record an output that failed."""
         with self._writing:
-            if source.key not in self._withdrawn:
+            if source.key not in self._withdrawn and self._wants(source.key, row.variant):
                 self._enter(source, row)
 
     def withdraw(self, source: Source, row: Row) -> None:

@@ -41,7 +41,7 @@ def write_links(private_dir: str, task: Task, rows: Iterable[tuple[Source, Row]]
             "status": row.status,
             "reason": row.reason,
             "detail": source.detail,
-            "source_url": task.url,
+            "source_url": storage.without_secrets(task.url),
             "source_key": source.key,
             "offset": source.offset,
         }
@@ -51,6 +51,10 @@ def write_links(private_dir: str, task: Task, rows: Iterable[tuple[Source, Row]]
     with pq.ParquetWriter(built, SCHEMA, compression="zstd") as writer:
         while group := list(itertools.islice(records, ROW_GROUP_ROWS)):
             writer.write_table(pa.Table.from_pylist(group, schema=SCHEMA))
-    folder = storage.join(private_dir, "links")
-    storage.make_folder(folder)
-    storage.publish_bytes(built.getvalue(), storage.join(folder, f"{task.name}.parquet"))
+    storage.make_folder(storage.join(private_dir, "links"))
+    storage.publish_bytes(built.getvalue(), links_url(private_dir, task.name))
+
+
+def links_url(private_dir: str, name: str) -> str:
+    """Where the links of shard `name` are."""
+    return storage.join(private_dir, "links", f"{name}.parquet")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from boomerang_batch import storage
-from boomerang_batch.errors import ObjectExistsError, RunMismatchError, VerificationError
+from boomerang_batch.errors import ObjectExistsError, ObjectMissingError, RunMismatchError, VerificationError
 
 RECORD_NAME = "run.json"
 SHEET_NAME = "contact-sheet.png"
@@ -48,8 +48,6 @@ class RunRecord:
 def read_record(out: str) -> RunRecord | None:
     """The record of the run in `out`; None when there is none. Raises RunMismatchError when unreadable."""
     url = storage.join(out, RECORD_NAME)
-    if not storage.exists(url):
-        return None
     try:
         data = json.loads(storage.read_bytes(url))
         if not isinstance(data, dict):
@@ -63,6 +61,8 @@ def read_record(out: str) -> RunRecord | None:
         if not all(isinstance(part, dict) for part in (record.recipe, record.stack, *record.accepted_stacks)):
             raise TypeError("recipe and stack are no JSON objects")
         return record
+    except ObjectMissingError:
+        return None
     except (ValueError, KeyError, TypeError) as error:
         raise RunMismatchError(f"{url} is not a run record ({error}); use an empty OUT") from error
 

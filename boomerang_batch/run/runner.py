@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from boomerang_batch.diffusion.engine import Engine
 from boomerang_batch.diffusion.threads import use_threads
 from boomerang_batch.diffusion.transfer import to_device
 from boomerang_batch.errors import ShardError, StoppedError, StorageError
+from boomerang_batch.run import journal, lease
 from boomerang_batch.run.commit import commit, digest_file, read_marker
 from boomerang_batch.run.drawing import Drawing
 from boomerang_batch.run.ledger import Ledger
@@ -29,16 +31,19 @@ from boomerang_batch.run.links import write_links
 from boomerang_batch.run.loading import load, warnings
 from boomerang_batch.run.naming import Naming
 from boomerang_batch.run.private import load_secret
+from boomerang_batch.run.scratch import scratch_folder, sweep_scratch
 from boomerang_batch.run.shard_drawing import ShardDrawing
 from boomerang_batch.run.stack import fingerprint, short_versions
 from boomerang_batch.run.tasks import RunSpec, ShardReport, Task, WorkerFacts
 from boomerang_batch.run.transform import Transform
+from boomerang_batch.storage.retries import retry_count
 
 
 class Runner:
     """A loaded model and everything a run does with it. Raises ModelError and its kin when made."""
 
     def __init__(self, spec: RunSpec) -> None:
+        sweep_scratch()
         recipe = spec.recipe
         self._spec = spec
         self._private_dir = spec.private_dir if recipe.purpose == "anonymize" else None
@@ -55,6 +60,9 @@ class Runner:
         flags = None if recipe.model.safety == "unchecked" else functools.partial(_flagged, engine)
         self._transform = Transform(recipe, model, walks, naming, short_versions(stack), flags=flags)
         self._drawing = Drawing(engine, dtype=recipe.model.dtype)
+        names = ("outputs_total", "output_bytes_total", "shards_done_total", "shards_failed_total", "tasks")
+        self._totals = dict.fromkeys(names, 0.0)
+        self._counting = threading.Lock()
         self.facts = WorkerFacts(model_digest=model.digest, stack=stack, warnings=warnings(recipe, model))
 
     def run(self, task: Task, *, stopped: Callable[[], bool], progress: Callable[[int], None]) -> ShardReport:
@@ -69,12 +77,14 @@ class Runner:
         if there is not None:
             return ShardReport(name=task.name, status="there", counts=there.counts)
         use_threads(1)  # lest this thread contend with the engine's
+        self._count("tasks")
         try:
-            with tempfile.TemporaryDirectory(prefix="boomerang-") as folder:
-                counts = self._run(task, Path(folder), stopped, progress)
+            with scratch_folder() as scratch:
+                counts = self._run(task, scratch, stopped, progress)
         except StoppedError as error:
             return ShardReport(name=task.name, status="stopped", reason=str(error))
         except ShardError as error:
+            self._count("shards_failed_total")
             return ShardReport(name=task.name, status="quarantined", reason=str(error))
         except OSError as error:
             # Neither the shard (a ShardError) nor OUT (a StorageError): what is left is the scratch disk.
@@ -82,9 +92,21 @@ class Runner:
                 f"can't build shard {task.name} in {tempfile.gettempdir()}: {error.strerror or error}; "
                 "set TMPDIR to a folder with room for it"
             ) from error
+        finally:
+            self._count("tasks", -1)
         return ShardReport(
             name=task.name, status="done", counts=counts, seconds=round(time.monotonic() - started, 3)
         )
+
+    @property
+    def stalled_s(self) -> float:
+        """How long the device has been at the step it is at; 0 between steps."""
+        return self._drawing.stalled_s
+
+    @property
+    def totals(self) -> dict[str, float]:
+        """What it has done since it was made, by the names in `metrics`."""
+        return {**self._totals, **self._drawing.totals, "storage_retries_total": retry_count()}
 
     def close(self) -> None:
         """Let the device go."""
@@ -94,14 +116,21 @@ class Runner:
         self, task: Task, scratch: Path, stopped: Callable[[], bool], progress: Callable[[int], None]
     ) -> dict[str, int]:
         """Draw everything into a ledger, then commit it."""
-        by_pseudonym = self._spec.recipe.purpose == "anonymize"
-        with Ledger(scratch / "spool", by_pseudonym=by_pseudonym) as ledger:
+        spec = self._spec
+        every = spec.recipe.run.journal_every * spec.recipe.outputs
+        with (
+            Ledger(
+                scratch / "spool", by_pseudonym=spec.recipe.purpose == "anonymize", wants=task.wants
+            ) as ledger,
+            journal.opened(spec.out, task.name, scratch=scratch, every=every) as kept,
+        ):
             ShardDrawing(
                 task,
                 ledger,
                 drawing=self._drawing,
                 transform=self._transform,
-                keep_originals=self._spec.recipe.keep_originals,
+                journal=kept,
+                keep_originals=spec.recipe.keep_originals,
                 # The reader's messages reach logs, which others may read: under anonymize they name the output.
                 shown=task.url if self._private_dir is None else task.name,
                 stopped=stopped,
@@ -126,8 +155,17 @@ class Runner:
             parquet_bytes=provenance_digest.size_bytes,
             recipe_digest=self._spec.recipe.digest,
         )
+        lease.require(self._spec.out, self._spec.epoch)
         commit(self._spec.out, marker, tar=tar, provenance=provenance)
+        journal.remove(self._spec.out, task.name)
+        self._count("shards_done_total")
+        self._count("output_bytes_total", marker.tar_bytes + marker.parquet_bytes)
+        self._count("outputs_total", sum(counts.values()))
         return counts
+
+    def _count(self, name: str, amount: float = 1) -> None:
+        with self._counting:
+            self._totals[name] += amount
 
 
 def _flagged(engine: Engine, pixels: Pixels) -> bool:

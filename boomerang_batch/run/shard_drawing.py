@@ -9,15 +9,18 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from typing import BinaryIO, cast
 
 from boomerang_batch import storage
+from boomerang_batch.data.scan import Measured, contradictions
 from boomerang_batch.data.shards import Sample, Unreadable, read_samples
 from boomerang_batch.diffusion.engine import Draw
 from boomerang_batch.errors import ModelError, SampleError, ShardError, StoppedError, StorageError
 from boomerang_batch.run.drawing import Drawing
 from boomerang_batch.run.guards import RETRIED
+from boomerang_batch.run.journal import Journal
 from boomerang_batch.run.ledger import Ledger
-from boomerang_batch.run.stages import Made, Prepared
+from boomerang_batch.run.stages import Made, Output, Prepared
 from boomerang_batch.run.tasks import Task
 from boomerang_batch.run.transform import Transform
 
@@ -37,6 +40,7 @@ class ShardDrawing:
         *,
         drawing: Drawing,
         transform: Transform,
+        journal: Journal | None,
         keep_originals: bool,
         shown: str,
         stopped: Callable[[], bool],
@@ -46,12 +50,13 @@ class ShardDrawing:
         self._ledger = ledger
         self._drawing = drawing
         self._transform = transform
+        self._journal = journal
         self._keep_originals = keep_originals
         self._shown = shown
         self._stopped = stopped
         self._progress = progress
         self._seen = transform.nothing_seen()
-        self._suspects: dict[tuple[int, int], int] = {}
+        self._suspects: dict[tuple[int, int], bytes] = {}
         """Outputs by their sample's offset and their own number, with the sample's fingerprint."""
         self._finished = 0
 
@@ -60,10 +65,15 @@ class ShardDrawing:
 
         Raises ShardError where the shard can't be read, StoppedError, StorageError, and what the engine raises.
         """
-        for made in self._drawing.run(self._draws()):
-            self._finish(made)
-            self._finished += 1
-            self._progress(self._finished)
+        try:
+            for made in self._drawing.run(self._draws()):
+                self._finish(made, journal=self._journal)
+                self._finished += 1
+                self._progress(self._finished)
+        except StoppedError:
+            if self._journal is not None:
+                self._journal.flush()
+            raise
         if self._suspects and not self._drawing.exact:
             self._look_again()
 
@@ -74,6 +84,8 @@ class ShardDrawing:
         """
         shard, ledger, transform = self._task.source_stem, self._ledger, self._transform
         for item in self._read():
+            if not self._task.wants(item.key):
+                continue
             if isinstance(item, Unreadable):
                 ledger.withdraw(*transform.unreadable(item, shard=shard))
                 continue
@@ -87,11 +99,14 @@ class ShardDrawing:
                 continue
             if original is not None:
                 ledger.add(prepared.source, original.row, original.member_key, original.fields)
+            if self._restore(prepared):
+                continue
             for untouched in transform.untouched(prepared):
                 self._finish(untouched)
             for draw in transform.draws(prepared):
-                self._mind_stop()  # variants of one sample may fill many batches
-                yield draw
+                if any(self._task.wants(item.key, number) for number in transform.numbers(draw.tag.variant)):
+                    self._mind_stop()  # variants of one sample may fill many batches
+                    yield draw
 
     def _look_again(self) -> None:
         """Draw the suspects in float32. Where memory can't hold that they stay refused."""
@@ -109,7 +124,7 @@ class ShardDrawing:
                 error,
             )
 
-    def _draws_of(self, suspects: Mapping[tuple[int, int], int]) -> Iterator[Draw]:
+    def _draws_of(self, suspects: Mapping[tuple[int, int], bytes]) -> Iterator[Draw]:
         """The draws behind some outputs. A cascade that is drawn again gives its other passes too.
 
         Raises ShardError where the shard is no longer what it was.
@@ -137,34 +152,73 @@ class ShardDrawing:
         except SampleError:
             return None
 
-    def _finish(self, made: Made) -> None:
-        """One output into the ledger, or the row that says why there is none; perhaps an earlier one's too."""
+    def _restore(self, prepared: Prepared) -> bool:
+        """Take a sample's outputs from the journal, if all of them are there."""
+        if self._journal is None:
+            return False
+        found: dict[int, Output] = {}
+        for number, proof in self._transform.proofs(prepared).items():
+            output = self._journal.find(proof)
+            if output is None:
+                return False
+            found[number] = output
+        for number, output in found.items():
+            try:
+                self._transform.check_repeated(prepared, number, output.digests, seen=self._seen)
+            except SampleError as error:
+                self._refuse(prepared, number, error)
+            else:
+                self._ledger.add(prepared.source, output.row, output.member_key, output.fields)
+        self._finished += len(found)
+        return True
+
+    def _finish(self, made: Made, *, journal: Journal | None = None) -> None:
+        """One output into the ledger, or the row that says why there is none; perhaps an earlier one's too.
+
+        What the second look saves is not for the journal: whoever goes on must come to the same suspects.
+        """
+        prepared, number = made.prepared, self._transform.number(made)
         try:
             with _sample_boundary():
                 output = self._transform.finish(made, seen=self._seen)
         except SampleError as error:
-            for refusal in self._transform.failed_output(made, error):
-                self._ledger.refuse(refusal.source, refusal.row)
-                if error.reason in RETRIED:
-                    self._suspects[refusal.source.offset, refusal.row.variant] = refusal.fingerprint
+            self._refuse(prepared, number, error)
         else:
-            self._ledger.add(made.prepared.source, output.row, output.member_key, output.fields)
+            self._ledger.add(prepared.source, output.row, output.member_key, output.fields)
+            if journal is not None:
+                journal.add(output, self._transform.proofs(prepared)[number])
+
+    def _refuse(self, prepared: Prepared, number: int, error: SampleError) -> None:
+        for refusal in self._transform.failed_output(prepared, number, error):
+            self._ledger.refuse(refusal.source, refusal.row)
+            if error.reason in RETRIED:
+                self._suspects[refusal.source.offset, refusal.row.variant] = refusal.fingerprint
 
     def _prepare(self, sample: Sample) -> Prepared:
         return self._transform.prepare(sample, shard=self._task.source_stem)
 
     def _read(self) -> Iterator[Sample | Unreadable]:
-        """The shard's samples. Whatever goes wrong with reading is this shard's misfortune, not the run's."""
-        url = self._task.url
+        """The shard's samples. Whatever goes wrong with reading is this shard's misfortune, not the run's.
+
+        Its bytes must be those that the manifest claims; they are known at the end, and so before anything of
+        the shard is published.
+        """
+        task = self._task
+        shown = storage.without_secrets(task.url)
         try:
-            with storage.open_read(url) as stream:
-                for item in read_samples(stream, shard=self._shown):
+            with storage.open_read(task.url) as stream:
+                measured = Measured(stream)
+                for item in read_samples(cast("BinaryIO", measured), shard=self._shown):
                     self._mind_stop()
                     yield item
+                measured.finish()
         except StorageError as error:
             raise ShardError(str(error)) from error
         except OSError as error:
-            raise ShardError(f"{url}: reading broke off: {error.strerror or error}") from error
+            raise ShardError(f"{shown}: reading broke off: {error.strerror or error}") from error
+        wrong = contradictions(measured, size_bytes=task.size_bytes, digest=task.digest)
+        if wrong:
+            raise ShardError(f"{shown}: {'; '.join(wrong)}; restore the shard, or build the manifest anew")
 
     def _mind_stop(self) -> None:
         if self._stopped():

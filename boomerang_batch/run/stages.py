@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import zlib
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -36,14 +36,15 @@ class Prepared:
     travelling: Mapping[str, bytes]
 
     @functools.cached_property
-    def fingerprint(self) -> int:
-        """Of what the outputs depend on: to tell, when a shard is read again, whether it has changed."""
-        facts = (self.source.key, self.condition, [resolved.t for resolved in self.walks], *self.travelling)
+    def fingerprint(self) -> bytes:
+        """Of all that outputs depend on beside recipe and model: whether two readings gave the same sample."""
+        facts = (self.shard, self.source.key, self.condition, [resolved.t for resolved in self.walks])
         mask = self.canvas.mask
-        parts = [repr(facts).encode(), self.image, *self.travelling.values()]
-        return functools.reduce(
-            lambda crc, part: zlib.crc32(part, crc), parts, 0 if mask is None else zlib.crc32(mask.tobytes())
-        )
+        parts = [repr((facts, *self.travelling)).encode(), self.image, *self.travelling.values()]
+        digest = hashlib.blake2b(digest_size=16)
+        for part in [*parts, b"" if mask is None else mask.tobytes()]:
+            digest.update(len(part).to_bytes(8, "little") + part)
+        return digest.digest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +80,7 @@ class Place:
     source: Source = field(compare=False)
     shard: str = field(compare=False)
     number: int = field(compare=False)
-    fingerprint: int = field(compare=False)
+    fingerprint: bytes = field(compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +89,7 @@ class Refusal:
 
     source: Source
     row: Row
-    fingerprint: int
+    fingerprint: bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,3 +99,5 @@ class Output:
     row: Row
     member_key: str
     fields: Mapping[str, bytes]
+    digests: tuple[bytes | None, ...] = ()
+    """`Seen.digest` of its pieces, where it took an evaluation."""

@@ -21,6 +21,8 @@ class RunSpec:
     private_dir: str | None
     device: str
     threads: int
+    epoch: int
+    """Of the run's lease on OUT."""
     batch_size: int | None = None
     """What `batch_size: auto` came to in this run, once it is known."""
 
@@ -33,6 +35,18 @@ class Task:
     """Stem of the output; a pseudonym under anonymize."""
     url: str
     source_stem: str
+    size_bytes: int | None = None
+    digest: str | None = None
+    """What the manifest claims of the shard's bytes (SHA-256, hex); see `ShardEntry`."""
+    only: Mapping[str, tuple[int, ...]] | None = None
+    """Outputs to make, by number, of the samples with these keys; None: all of all."""
+
+    def wants(self, key: str | None, number: int | None = None) -> bool:
+        """Whether a sample, or one of its outputs, is part of the task."""
+        if self.only is None:
+            return True
+        numbers = self.only.get(key or "", ())
+        return bool(numbers) if number is None else number in numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +57,18 @@ class WorkerFacts:
     stack: Mapping[str, str]
     warnings: tuple[str, ...] = ()
     """What the user should hear about recipe and model together, a sentence each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerState:
+    """How a worker is, as it answers at any time."""
+
+    finished: Mapping[str, int] = field(default_factory=dict)
+    """Outputs finished so far, by task in flight."""
+    stalled_s: float = 0.0
+    """How long its device has been at the step it is at; 0 between steps."""
+    node: str = ""
+    """Ray's id of its machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +93,16 @@ class RunReport:
     rows: Mapping[str, int]
     problems: tuple[str, ...]
     """Why shards were quarantined."""
-    seconds: float
     stopped: bool
+    gave_up: str = ""
+    """Why the run ended before all was tried, if more failed than its recipe allows."""
+    seconds: float = 0.0
 
     @property
     def exit_code(self) -> int:
-        """0 all done, 1 something is left undone, 3 something was quarantined, 75 stopped and resumable."""
+        """0 all done, 1 given up or left undone, 3 something was quarantined, 75 stopped and resumable."""
+        if self.gave_up:
+            return 1
         if self.shards.get("left"):
             return 75 if self.stopped else 1
         bad_rows = sum(count for status, count in self.rows.items() if status in BAD)

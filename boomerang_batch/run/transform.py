@@ -5,8 +5,9 @@ No I/O and no model here; a sample that can't be processed raises SampleError an
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from boomerang_batch.config.pipeline import Recipe
@@ -139,8 +140,8 @@ class Transform:
             check_output(x_0, piece.image, value_range=self._model.value_range)
             if moved:
                 check_changed(x_0, piece.image, value_range=self._model.value_range)
-        if moved:
-            self._check_repeated(made, seen)
+        digests = tuple(map(seen.digest, made.pieces)) if moved else ()
+        self.check_repeated(prepared, number, digests, seen=seen)
         drawn = self._layout.take_back(prepared.canvas, made.pieces, prepared.picture)
         flagged = None if self._flags is None else self._flags(drawn.pixels)
         if flagged and recipe.model.safety != "keep":
@@ -159,25 +160,30 @@ class Transform:
             )
         else:
             template = self._rows.untouched(passes=made.pass_number, flagged=flagged)
-        return self._output(prepared, number, output_field(prepared.image_field, format), data, template)
+        output = self._output(prepared, number, output_field(prepared.image_field, format), data, template)
+        return replace(output, digests=digests)
 
-    def _check_repeated(self, made: Made, seen: Seen) -> None:
-        """Look at every piece, though one is enough to refuse the output: others may repeat the rest."""
-        prepared = made.prepared
+    def check_repeated(
+        self, prepared: Prepared, number: int, digests: Sequence[bytes | None], *, seen: Seen
+    ) -> None:
+        """Raise RepeatedOutputError where a piece of an output, by its digest, is one that was seen before.
+
+        Looks at every piece, though one is enough to refuse the output: others may repeat the rest.
+        """
         others: list[Hashable] = []
         repeated = False
-        for index, x_0 in enumerate(made.pieces):
+        for index, digest in enumerate(digests):
             place = Place(
-                noise_key=prepared.noise_keys[made.variant],
-                pass_number=made.pass_number,
+                noise_key=prepared.noise_keys[self.variant(number)],
+                pass_number=number,
                 index=index,
                 source=prepared.source,
                 shard=prepared.shard,
-                number=self.number(made),
+                number=number,
                 fingerprint=prepared.fingerprint,
             )
             try:
-                seen.check(x_0, draw=place)
+                seen.check(digest, draw=place)
             except RepeatedOutputError as error:
                 others += error.others
                 repeated = True
@@ -196,12 +202,27 @@ class Transform:
             for number in range(self._recipe.outputs)
         ]
 
-    def failed_output(self, made: Made, error: SampleError) -> Iterator[Refusal]:
+    def proofs(self, prepared: Prepared) -> dict[int, bytes]:
+        """For every output of a sample, by its number, what proves that it was made of just this sample.
+
+        A hash under the noise key: under a secret it tells nothing of the sample.
+        """
+        of_what = f"{self._recipe.digest} {self._model.digest}".encode() + prepared.fingerprint
+        return {
+            number: hashlib.blake2b(
+                number.to_bytes(4, "little") + of_what,
+                key=prepared.noise_keys[self.variant(number)],
+                digest_size=16,
+            ).digest()
+            for number in range(self._recipe.outputs)
+        }
+
+    def failed_output(self, prepared: Prepared, number: int, error: SampleError) -> Iterator[Refusal]:
         """An output that was drawn but can't be used, or is not wanted.
 
         Of equal outputs all go, so that it doesn't matter which one came first.
         """
-        places = [(made.prepared.source, made.prepared.shard, self.number(made), made.prepared.fingerprint)]
+        places = [(prepared.source, prepared.shard, number, prepared.fingerprint)]
         if isinstance(error, RepeatedOutputError):
             others = [one for one in error.others if isinstance(one, Place)]
             places += [(one.source, one.shard, one.number, one.fingerprint) for one in others]
@@ -221,6 +242,12 @@ class Transform:
         """An output's number, the variant column: passes that are outputs count like variants."""
         passes = self._recipe.passes
         return made.variant * passes.count + made.pass_number - 1 if passes.outputs == "all" else made.variant
+
+    def numbers(self, variant: int) -> range:
+        """The numbers of a variant's outputs."""
+        passes = self._recipe.passes
+        each = passes.count if passes.outputs == "all" else 1
+        return range(variant * each, (variant + 1) * each)
 
     def variant(self, number: int) -> int:
         """The variant of an output's number."""

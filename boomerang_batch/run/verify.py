@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pydantic import ValidationError
@@ -20,6 +20,7 @@ from boomerang_batch.data import images
 from boomerang_batch.data.provenance import Marker, Row, pixel_digest, read_rows
 from boomerang_batch.data.shards import Unreadable, read_samples
 from boomerang_batch.errors import SampleError, StorageError, VerificationError
+from boomerang_batch.run.appendix import appendices, current_counts
 from boomerang_batch.run.commit import (
     MARKER_SUFFIX,
     PROVENANCE_SUFFIX,
@@ -49,7 +50,8 @@ def verify(out: str, *, deep: bool) -> Verification:
     except ValidationError as error:
         detail = "run.json holds no recipe that this release knows; use the release that wrote it"
         raise VerificationError(f"{out}: {detail}") from error
-    problems = list(_strangers(out, record))
+    more = appendices(storage.list_names(out))
+    problems = list(_strangers(out, record, more))
     rows: Counter[str] = Counter()
     done, registry = 0, KeyRegistry()
     for stem in record.shards:
@@ -58,16 +60,34 @@ def verify(out: str, *, deep: bool) -> Verification:
             problems.append(f"shard {stem} is not done; run the same command to finish")
             continue
         done += 1
-        rows.update(marker.counts)
+        rows.update(current_counts(out, marker.counts, more.get(stem, ())))
         if marker.recipe_digest != record.recipe_digest:
             problems.append(f"shard {stem} was made by another recipe")
         try:
             problems += _check_shard(out, stem, marker, recipe, deep=deep)
+            problems += _check_appendices(out, stem, more.get(stem, ()), record, recipe, deep=deep)
             repeated = registry.add(out, stem) if recipe.identity == "key" else None
             problems += [repeated] if repeated else []
         except (StorageError, VerificationError) as error:
             problems.append(f"shard {stem}: {error}")
     return Verification(shards=done, rows=dict(sorted(rows.items())), problems=tuple(problems))
+
+
+def _check_appendices(
+    out: str, stem: str, names: Sequence[str], record: RunRecord, recipe: Recipe, *, deep: bool
+) -> Iterator[str]:
+    """Everything that can be wrong with a shard's appendices."""
+    status = {(row.key, row.variant): row.status for row in _rows(out, stem)} if names else {}
+    for name in names:
+        marker = read_marker(out, name)
+        if marker is None or marker.recipe_digest != record.recipe_digest:
+            yield f"shard {name} has no marker of this run's recipe"
+            continue
+        yield from _check_shard(out, name, marker, recipe, deep=deep)
+        for row in _rows(out, name):
+            if status.get((row.key, row.variant)) != "failed":
+                yield f"shard {name}: key {row.key}, variant {row.variant} takes the place of no failed row"
+            status[row.key, row.variant] = row.status
 
 
 def _check_shard(out: str, stem: str, marker: Marker, recipe: Recipe, *, deep: bool) -> Iterator[str]:
@@ -129,10 +149,11 @@ def _rows(out: str, stem: str) -> list[Row]:
         return read_rows(stream)
 
 
-def _strangers(out: str, record: RunRecord) -> Iterator[str]:
+def _strangers(out: str, record: RunRecord, more: Mapping[str, Sequence[str]]) -> Iterator[str]:
     """What lies in OUT and is not this run's: a foreign shard, or under anonymize anything at all."""
     suffixes = (MARKER_SUFFIX, TAR_SUFFIX, PROVENANCE_SUFFIX)
-    known = {stem + suffix for stem in record.shards for suffix in suffixes}
+    stems = [name for stem in record.shards for name in (stem, *more.get(stem, ()))]
+    known = {stem + suffix for stem in stems for suffix in suffixes}
     known |= {RECORD_NAME, SHEET_NAME, LOGS_NAME}
     published = record.recipe.get("purpose") == "anonymize"
     for name in storage.list_names(out):

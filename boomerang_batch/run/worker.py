@@ -8,12 +8,12 @@ constructor, because an error in a constructor reaches the driver only as a dead
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
 
 import ray
 
+from boomerang_batch.run.metrics import Exporter
 from boomerang_batch.run.runner import Runner
-from boomerang_batch.run.tasks import DEPTH, RunSpec, ShardReport, Task, WorkerFacts
+from boomerang_batch.run.tasks import DEPTH, RunSpec, ShardReport, Task, WorkerFacts, WorkerState
 
 
 @ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={"work": DEPTH, "ctl": 1})
@@ -25,6 +25,7 @@ class Worker:
         self._runner: Runner | None = None
         self._stop = threading.Event()
         self._finished: dict[str, int] = {}
+        self._metrics = Exporter()
 
     @ray.method(concurrency_group="work")
     def load(self) -> WorkerFacts:
@@ -48,9 +49,15 @@ class Worker:
             self._finished.pop(task.name, None)
 
     @ray.method(concurrency_group="ctl")
-    def progress(self) -> Mapping[str, int]:
-        """Variants finished so far, by task in flight."""
-        return dict(self._finished)
+    def state(self) -> WorkerState:
+        """How it is. Exports its metrics too."""
+        if self._runner is not None:
+            self._metrics.export(self._runner.totals)
+        return WorkerState(
+            finished=dict(self._finished),
+            stalled_s=0.0 if self._runner is None else self._runner.stalled_s,
+            node=ray.get_runtime_context().get_node_id(),
+        )
 
     @ray.method(concurrency_group="ctl")
     def stop(self) -> None:

@@ -1,0 +1,90 @@
+"""Appendix shards: samples that failed, done again, beside the shard that is committed and stays as it is.
+
+The n-th appendix of shard S is S~n, with tar, provenance and marker of its own. Its rows supersede those of S,
+and of earlier appendices, with the same key and variant. Only failed rows are ever superseded, so each row of
+an appendix takes the place of one failed row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+import pyarrow.parquet as pq
+
+from boomerang_batch import storage
+from boomerang_batch.errors import ObjectMissingError, PrivateDirError
+from boomerang_batch.run.commit import MARKER_SUFFIX, PROVENANCE_SUFFIX, read_marker
+from boomerang_batch.run.links import links_url
+from boomerang_batch.run.tasks import Task
+
+_MARK = "~"
+
+
+def is_appendix(name: str) -> bool:
+    """Whether a shard of OUT is an appendix. No input's stem has the mark in it."""
+    return _MARK in name
+
+
+def appendices(names: Collection[str]) -> dict[str, list[str]]:
+    """The committed appendices among the names in OUT, by the shard they belong to, in order."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        stem, mark, number = name.removesuffix(MARKER_SUFFIX).partition(_MARK)
+        if mark and name.endswith(MARKER_SUFFIX) and number.isdecimal():
+            found[stem].append(f"{stem}{_MARK}{number}")
+    return {stem: sorted(of_stem, key=_number) for stem, of_stem in found.items()}
+
+
+def current_counts(out: str, counts: Mapping[str, int], of_shard: Sequence[str]) -> dict[str, int]:
+    """Rows by status of a shard whose marker says `counts`, now that it has these appendices."""
+    current = Counter(counts)
+    for name in of_shard:
+        marker = read_marker(out, name)
+        if marker is not None:
+            current["failed"] -= sum(marker.counts.values())
+            current.update(marker.counts)
+    return {status: count for status, count in sorted(current.items()) if count}
+
+
+def failed_tasks(out: str, private_dir: str | None, done: Sequence[Task]) -> Iterator[Task]:
+    """A task for every committed shard of which something has failed and not been mended since.
+
+    With `private_dir` the failed samples are found through its links, for OUT does not tell their names. Raises
+    PrivateDirError where those are missing.
+    """
+    there = appendices(storage.list_names(out))
+    for task in done:
+        names = [task.name, *there.get(task.name, ())]
+        status: dict[tuple[str, int], str] = {}
+        for name in names:
+            status |= _private_status(private_dir, name) if private_dir else _status(out, name)
+        again: dict[str, list[int]] = defaultdict(list)
+        for (key, number), what in sorted(status.items()):
+            if what == "failed":
+                again[key].append(number)
+        if again:
+            number = _number(names[-1]) + 1 if len(names) > 1 else 1
+            only = {key: tuple(numbers) for key, numbers in again.items()}
+            yield dataclasses.replace(task, name=f"{task.name}{_MARK}{number}", only=only)
+
+
+def _status(out: str, name: str) -> Mapping[tuple[str, int], str]:
+    with storage.open_read(storage.join(out, name + PROVENANCE_SUFFIX)) as stream:
+        rows = pq.read_table(stream, columns=["key", "variant", "status"]).to_pylist()
+    return {(row["key"], row["variant"]): row["status"] for row in rows if row["key"] is not None}
+
+
+def _private_status(private_dir: str, name: str) -> Mapping[tuple[str, int], str]:
+    url = links_url(private_dir, name)
+    try:
+        with storage.open_read(url) as stream:
+            rows = pq.read_table(stream, columns=["source_key", "variant", "status"]).to_pylist()
+    except ObjectMissingError as error:
+        raise PrivateDirError(f"{url} is missing, which tells whose samples of shard {name} failed") from error
+    return {(row["source_key"], row["variant"]): row["status"] for row in rows if row["source_key"] is not None}
+
+
+def _number(name: str) -> int:
+    return int(name.rpartition(_MARK)[2])

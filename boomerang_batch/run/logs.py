@@ -1,0 +1,114 @@
+"""What the driver's process says, kept where it outlives the machine: its log, and how the run ended.
+
+A cluster's logs die with its head. So warnings and errors are published as `<time>.log` every minute and at
+the end, and the run's report as `<time>-summary.json`. Counts go to OUT/logs. Sentences may quote an input:
+under anonymize they go to the private dir's logs, and nowhere while there is none.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import logging
+import threading
+import traceback
+from types import TracebackType
+
+from boomerang_batch import storage
+from boomerang_batch.errors import BoomerangError, ConfigError, StorageError
+from boomerang_batch.run.record import LOGS_NAME
+from boomerang_batch.run.tasks import RunReport
+
+FORMAT_VERSION = 1
+_PUBLISH_EVERY_S = 60.0
+
+_log = logging.getLogger(__name__)
+
+
+class KeptLog(logging.Handler):
+    """Collects the process's log while it is entered. Set `report` when there is one."""
+
+    def __init__(self, *, out: str, anonymize: bool, private_dir: str | None) -> None:
+        """`anonymize` keeps sentences out of OUT; they go to `private_dir` if there is one."""
+        super().__init__()
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s: %(message)s"))
+        self._out = out
+        self._home = private_dir if anonymize else out
+        self._stamp = dt.datetime.now(dt.UTC).strftime("%Y%m%dT%H%M%S.%fZ")
+        self._lines: list[str] = []
+        self._published = 0
+        self._over = threading.Event()
+        self._publisher = threading.Thread(target=self._publish_now_and_then, name="log", daemon=True)
+        self.report: RunReport | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep one record. Called by logging."""
+        try:
+            self._lines.append(self.format(record))
+        except Exception:
+            self.handleError(record)
+
+    def __enter__(self) -> KeptLog:
+        logging.getLogger().addHandler(self)
+        self._publisher.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        logging.getLogger().removeHandler(self)
+        self._over.set()
+        self._publisher.join()
+        # A refused request has no run of its own, and leaves nothing in what may be another's OUT.
+        if not isinstance(error, ConfigError):
+            self._last_words(error)
+
+    def _last_words(self, error: BaseException | None) -> None:
+        if isinstance(error, BoomerangError):
+            self._lines.append(f"error: {error}")
+        elif error is not None:
+            self._lines += traceback.format_exception(error)
+        if self.report is not None:
+            self._lines += [f"quarantined: {problem}" for problem in self.report.problems]
+        try:
+            if self.report is not None:
+                self._put(self._out, f"{self._stamp}-summary.json", _summary(self.report))
+            self._publish()
+        except StorageError as lost:
+            _log.warning("the run's log is lost: %s", lost)
+
+    def _publish_now_and_then(self) -> None:
+        while not self._over.wait(_PUBLISH_EVERY_S):
+            try:
+                if storage.exists(self._out):
+                    self._publish()
+            except StorageError:
+                continue  # said at the end, if it lasts
+
+    def _publish(self) -> None:
+        lines = list(self._lines)
+        home = self._home
+        # The driver makes the private dir, with the mode it needs; without one nothing was begun.
+        if home is None or len(lines) == self._published or (home != self._out and not storage.exists(home)):
+            return
+        text = storage.without_secrets("".join(line.rstrip("\n") + "\n" for line in lines))
+        self._put(home, f"{self._stamp}.log", text.encode())
+        self._published = len(lines)
+
+    def _put(self, home: str, name: str, data: bytes) -> None:
+        folder = storage.join(home, LOGS_NAME)
+        storage.make_folder(folder)
+        storage.publish_bytes(data, storage.join(folder, name))
+
+
+def _summary(report: RunReport) -> bytes:
+    """The report in counts alone: no path, and no sentence that might quote an input."""
+    facts = {
+        "format_version": FORMAT_VERSION,
+        "exit_code": report.exit_code,
+        "rows": dict(report.rows),
+        "seconds": report.seconds,
+        "shards": dict(report.shards),
+        "stopped": report.stopped,
+    }
+    return (json.dumps(facts, sort_keys=True) + "\n").encode()

@@ -1,0 +1,88 @@
+"""Ray as the pool needs it: joining a cluster, its GPUs, the machines that are leaving, and calls' answers."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import signal
+import threading
+import time
+from typing import Any
+
+import ray
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError, WorkerCrashedError
+
+from boomerang_batch.errors import BoomerangError
+
+DEATHS = (RayActorError, OutOfMemoryError, WorkerCrashedError)
+"""What a call raises whose worker is gone, or out of reach."""
+
+_log = logging.getLogger(__name__)
+
+
+def connect(address: str) -> bool:
+    """Join the cluster at `address`, or start one where that is `local`. Whether it is ours to leave again.
+
+    Raises BoomerangError when there is none.
+    """
+    if ray.is_initialized():
+        return False
+    # Ray installs signal handlers of its own; ours decide how a run ends.
+    main = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if main}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": False}
+    if address == "local":
+        # A throwaway token keeps other users of this machine out, and Ray from writing one to HOME.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        options["include_dashboard"] = False
+    try:
+        ray.init(address=address, **options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise BoomerangError(f"can't reach a Ray cluster at {address}: {error}") from error
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return True
+
+
+def gpus() -> int:
+    """GPUs of all machines that are there now, busy ones too."""
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def leaving() -> dict[str, float]:
+    """Machines that are to be shut down: seconds left for each node id (hex)."""
+    try:
+        from ray._private.state import state
+
+        deadlines = state.get_draining_nodes()
+    except Exception as error:  # private to Ray, so that any release may change it
+        _log.debug("Ray does not tell which machines are leaving: %s", error)
+        return {}
+    # Without a deadline of its own a machine leaves when Ray finds it idle.
+    return {node: (at_ms / 1000 - time.time() if at_ms else 0.0) for node, at_ms in deadlines.items()}
+
+
+def answer(reference: Any) -> Any:
+    """What a call returned. An error of ours comes as it was raised, not with Ray's traceback for its words."""
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        if isinstance(error.cause, BoomerangError):
+            raise error.cause from None
+        raise
+
+
+def why(error: BaseException) -> str:
+    """What ended a worker, in a line."""
+    if isinstance(error, OutOfMemoryError):
+        return (
+            "its machine ran out of memory, and Ray ended some of what ran there; run fewer workers on a "
+            f"machine, or set a smaller batch_size ({first_line(error)})"
+        )
+    return f"its worker died: {first_line(error)}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says."""
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,239 @@
+"""Stores behind fsspec: requests bounded in time, tried again while that may help, and whole or not at all.
+
+Nothing is written through `fs.open(url, "wb")`: leaving such a file by an error publishes what was written so
+far, on S3, GCS and Azure alike. A finished local file goes up in parts, a few of them in memory at a time.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar, cast
+
+import fsspec
+
+from boomerang_batch.errors import StorageError
+from boomerang_batch.storage.reader import BlockReader
+from boomerang_batch.storage.retries import (
+    FIRST_PATIENCE_S,
+    PATIENCE_S,
+    IncompleteReadError,
+    is_missing,
+    patiently,
+)
+from boomerang_batch.storage.urls import at_endpoint, holds_credentials, split_endpoint, without_secrets
+
+_CONNECT_S, _READ_S = 10, 60
+_PART_BYTES = 16 << 20
+_PARTS_AT_ONCE = 2
+_READ_ONLY = ("http", "https")
+_IDENTITY = ("ETag", "etag", "generation", "md5Hash", "LastModified", "last_modified", "Last-Modified", "size")
+"""What tells, in one store or another, that an object is not the one it was."""
+
+_T = TypeVar("_T")
+_reached: set[str] = set()
+
+
+class Remote:
+    """One URL's store, and the object's path in it. Raises what the store's client raises."""
+
+    def __init__(self, url: str) -> None:
+        url, endpoint = split_endpoint(url)
+        protocol = url.partition("://")[0]
+        self._url = url
+        self._endpoint = endpoint
+        self._host = url.partition("://")[2].partition("/")[0]
+        if holds_credentials(url):
+            shown = without_secrets(url)
+            raise StorageError(
+                f"{shown}: a URL must not hold credentials; put them into the environment, "
+                "as the store's own tools want them"
+            )
+        self._place = f"{protocol}://{self._host}"
+        self._read_only = protocol in _READ_ONLY
+        self._protocol = protocol
+        self._filesystem, self._path = fsspec.core.url_to_fs(url, **_options(protocol, endpoint))
+
+    def exists(self) -> bool:
+        """Whether there is an object or folder."""
+        try:
+            self.info()
+        except FileNotFoundError as error:
+            if is_missing(error):
+                return False
+            raise
+        return True
+
+    def info(self) -> dict[str, Any]:
+        """What the store tells about the object."""
+        return self._ask(lambda: dict(self._filesystem.info(self._path)), "look at")
+
+    def read(self) -> bytes:
+        """A small object, whole."""
+        return self._ask(lambda: bytes(self._filesystem.cat_file(self._path)), "read")
+
+    def open(self, naming: Callable[[], AbstractContextManager[None]]) -> BinaryIO:
+        """The object as a stream. What goes wrong with reading it later passes through `naming`."""
+        info = self.info()
+        size = info.get("size")
+        if info.get("type") == "directory":
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        if size is None or info.get("partial") is False:
+            return self._download()
+        identity = _identity(info)
+
+        def fetch(start: int, end: int) -> bytes:
+            with naming():
+                data = self._ask(lambda: self._range(start, end), "read")
+                # An object that is one block came by one request, and can't be two halves of two.
+                if end == size and start and _identity(self.info()) != identity:
+                    raise OSError(errno.ESTALE, "it was replaced while it was read")
+                return data
+
+        raw = BlockReader(fetch, int(size))
+        return cast(BinaryIO, io.BufferedReader(raw, 1 << 20))
+
+    def names(self) -> list[str]:
+        """Names directly below."""
+        try:
+            found = self._ask(lambda: self._filesystem.ls(self._path, detail=False), "list")
+        except FileNotFoundError:
+            return []
+        return [str(path).rstrip("/").rsplit("/", 1)[-1] for path in found]
+
+    def tree(self) -> dict[str, str]:
+        """What is below, at any depth: what tells an object's state, by its name relative to this one."""
+        found = self._ask(lambda: self._filesystem.find(self._path, detail=True), "list")
+        root = self._path.rstrip("/") + "/"
+        return {path.removeprefix(root): repr(_identity(info)) for path, info in found.items()}
+
+    def glob(self) -> list[str]:
+        """URLs that match."""
+        found = self._ask(lambda: self._filesystem.glob(self._path), "list")
+        urls = sorted(str(self._filesystem.unstrip_protocol(path)) for path in found)
+        return [at_endpoint(url, self._endpoint) for url in urls]
+
+    def put(self, source: Path) -> None:
+        """Upload a finished local file, replacing what was there."""
+        self._writable()
+        parts = {"chunksize": _PART_BYTES} if self._protocol in ("s3", "s3a", "gs", "gcs") else {}
+        if self._protocol in ("s3", "s3a", "az", "abfs", "abfss"):
+            parts["max_concurrency"] = _PARTS_AT_ONCE
+        self._ask(lambda: self._filesystem.put_file(str(source), self._path, **parts), "write")
+
+    def put_bytes(self, data: bytes) -> None:
+        """Put small content, replacing what was there."""
+        self._writable()
+        self._ask(lambda: self._filesystem.pipe_file(self._path, data), "write")
+
+    def create(self, data: bytes) -> None:
+        """Put `data` if the name is free. Raises FileExistsError when something else is there.
+
+        The same bytes count as ours: a store may have taken them though its answer was lost.
+        """
+        self._writable()
+        try:
+            self._ask(lambda: self._create_once(data), "write")
+        except FileExistsError:
+            if self.read() != data:
+                raise
+
+    def delete(self) -> None:
+        """Remove the object if it is there."""
+        self._writable()
+        try:
+            self._ask(lambda: self._filesystem.rm_file(self._path), "delete")
+        except FileNotFoundError:
+            return
+
+    def _create_once(self, data: bytes) -> None:
+        try:
+            self._filesystem.pipe_file(self._path, data, mode="create")
+        except OSError as error:
+            # Some S3 servers answer 412 without naming the condition, which s3fs reports as EINVAL.
+            if error.errno == errno.EINVAL and self._filesystem.exists(self._path):
+                raise FileExistsError(self._path) from error
+            raise
+
+    def _range(self, start: int, end: int) -> bytes:
+        data = bytes(self._filesystem.cat_file(self._path, start=start, end=end))
+        if len(data) > end - start:  # a web server that knows no ranges sends everything
+            data = data[start:end]
+        if len(data) != end - start:
+            raise IncompleteReadError(f"{len(data)} bytes came of {end - start}")
+        return data
+
+    def _download(self) -> BinaryIO:
+        """The object as an unnamed local file, for servers that give no size or no ranges."""
+        stream = tempfile.TemporaryFile(prefix="boomerang-")  # noqa: SIM115 (the caller closes it)
+
+        def download() -> None:
+            stream.seek(0)
+            stream.truncate()
+            self._filesystem.get_file(self._path, stream)
+
+        try:
+            self._ask(download, "read")
+            stream.seek(0)
+        except BaseException:
+            stream.close()
+            raise
+        return cast(BinaryIO, stream)
+
+    def _writable(self) -> None:
+        if self._read_only:
+            raise OSError(errno.EROFS, "http is for reading only")
+
+    def _ask(self, request: Callable[[], _T], verb: str) -> _T:
+        patience_s = PATIENCE_S if self._place in _reached else FIRST_PATIENCE_S
+        doing = f"can't {verb} {without_secrets(self._url)}"
+        try:
+            answer = patiently(request, patience_s=patience_s, doing=doing)
+        except FileNotFoundError as error:
+            if is_missing(error):
+                _reached.add(self._place)
+            raise
+        _reached.add(self._place)
+        return answer
+
+
+def _options(protocol: str, endpoint: Mapping[str, str]) -> dict[str, Any]:
+    """How a store's client is to be made: with bounded requests, and without a memory of listings.
+
+    What the user's own fsspec configuration says stands. Raises ValueError for an endpoint that the store's
+    client can't be given.
+    """
+    options: dict[str, Any] = {"use_listings_cache": False}
+    if endpoint and protocol not in ("s3", "s3a"):
+        raise ValueError(
+            f"{protocol} takes no endpoint_url or region; its client reads them from the environment"
+        )
+    if "endpoint_url" in endpoint:
+        options["endpoint_url"] = endpoint["endpoint_url"]
+    if "region" in endpoint:
+        options["client_kwargs"] = {"region_name": endpoint["region"]}
+    if protocol in ("s3", "s3a"):
+        # s3fs and botocore each try again by themselves; one of them is enough.
+        bounds = {"connect_timeout": _CONNECT_S, "read_timeout": _READ_S, "retries": {"max_attempts": 0}}
+        options["config_kwargs"] = bounds | fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
+    elif protocol in ("gs", "gcs"):
+        options["requests_timeout"] = _timeout()
+    elif protocol in ("az", "abfs", "abfss"):
+        options |= {"connection_timeout": _CONNECT_S, "read_timeout": _READ_S}
+    elif protocol in _READ_ONLY:
+        options["client_kwargs"] = {"timeout": _timeout()}
+    return options
+
+
+def _timeout() -> Any:
+    import aiohttp
+
+    return aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=_READ_S)
+
+
+def _identity(info: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(info.get(name) for name in _IDENTITY)
