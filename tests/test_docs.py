@@ -21,7 +21,14 @@ from boomerang_batch.run.record import RunRecord
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
     path
-    for pattern in ("*.md", "docs/**/*.md", "manifests/*.md", "benchmarks/**/*.md", "boomerang_batch/**/*.md")
+    for pattern in (
+        "*.md",
+        "docs/**/*.md",
+        "manifests/*.md",
+        "benchmarks/**/*.md",
+        "boomerang_batch/**/*.md",
+        "k8s/*.md",
+    )
     for path in ROOT.glob(pattern)
 )
 

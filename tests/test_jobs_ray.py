@@ -152,20 +152,22 @@ def eventually(cluster: Cluster, job_id: str, state: str) -> None:
 def test_a_job_does_what_a_run_does_and_its_secret_stays(at: Head, tmp_path: Path, tiny_model: Path):
     here = world(tmp_path, tiny_model, purpose="anonymize")
     private = tmp_path / "private"
+    members = [*worlds.sample_members("good", 1), *worlds.sample_members("bad", 2, png=b"no image")]
+    worlds.write_tar(here.manifest.parent / "s-001.tar", members)
     result = call("submit", *here.words("--private-dir", private, "--address", at.url, "--wait"))
-    assert result.exit_code == 0, result.stderr
+    assert result.exit_code == 3, result.stderr
+    assert "with quarantined samples" in result.stderr
     (job_id,) = result.stdout.split()
     assert verify(str(here.out), deep=True).problems == ()
-    assert (
-        call("run", *here.words("--private-dir", private)).exit_code == 0
-    )  # which would refuse another run's OUT
+    # Which would refuse another run's OUT.
+    assert call("run", *here.words("--private-dir", private)).exit_code == 3
 
     told = json.loads(call("status", job_id, "--address", at.url, "--json").stdout)
-    assert told["job"]["state"] == "SUCCEEDED"
+    assert (told["job"]["state"], told["job"]["exit_code"]) == ("FAILED", 3)
     assert told["shards"] == {"all": 2, "done": 2, "quarantined": 0, "left": 0}
-    assert told["rows"] == {"ok": 6}
+    assert (told["rows"], told["failed"]) == ({"failed": 1, "ok": 4}, 1)
     log = call("logs", "--address", at.url)
-    assert "shards 2 done; samples 6 ok" in log.stdout
+    assert "shards 2 done; samples 1 failed, 4 ok" in log.stdout
     listed = call("list", "--address", at.url, "--json")
     assert [job["id"] for job in json.loads(listed.stdout)] == [job_id]
     assert job_id in call("list", "--address", at.url).stdout
@@ -213,13 +215,7 @@ def test_asking_twice_gives_one_job_and_a_stopped_one_is_resumed_by_the_next(
     assert worlds.tree(here.out) == worlds.tree(calm)
 
 
-def test_the_runs_own_exit_code_comes_back(at: Head, tmp_path: Path, tiny_model: Path):
-    here = world(tmp_path, tiny_model, shards=1)
-    members = [*worlds.sample_members("good", 1), *worlds.sample_members("bad", 2, png=b"no image")]
-    worlds.write_tar(here.manifest.parent / "s-000.tar", members)
-    quarantined = call("submit", *here.words("--address", at.url, "--wait"))
-    assert quarantined.exit_code == 3, quarantined.stderr
-    assert "quarantined" in quarantined.stderr
+def test_a_refusal_comes_back_with_its_reason(at: Head):
     cluster = Cluster(at.url)
     refused, _ = cluster.submit(sleeper("refused", "exec sh -c 'echo no such recipe; exit 2'"))
     assert cluster.wait(refused.id).exit_code == 2
