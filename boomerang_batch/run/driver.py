@@ -40,6 +40,9 @@ from boomerang_batch.run.sheet import publish_sheets
 from boomerang_batch.run.tasks import RunReport, RunSpec, ShardReport, Task, WorkerFacts
 from boomerang_batch.run.telemetry import Telemetry
 
+_PUBLISH_LOG_EVERY_S = 60.0
+"""From afar it is what tells a run's pace."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -126,6 +129,7 @@ def _work(
     """Have everything done that storage does not say is done; the reports by name, and why the run gave up."""
     out, reports, registry = request.out, {}, KeyRegistry()
     spending, gave_up = Spending(request.recipe.run.on_error), ""
+    stamp, published_at = dt.datetime.now(dt.UTC).strftime("%Y%m%dT%H%M%S.%fZ"), time.monotonic()
     done, todo = _split(request, tasks)
     if request.only_failed:
         names = {report.name for report in done}
@@ -136,6 +140,9 @@ def _work(
             for report in itertools.chain(done, pool.run(todo, stop=stop, progress=telemetry.images_in_flight)):
                 reports[report.name] = report
                 telemetry.shard(report)
+                if time.monotonic() - published_at > _PUBLISH_LOG_EVERY_S:
+                    _publish_log(out, stamp, telemetry)
+                    published_at = time.monotonic()
                 gave_up = gave_up or spending.add(report)
                 if gave_up or report.status == "stopped":  # of itself: another run has taken OUT over
                     stop.set()
@@ -145,7 +152,7 @@ def _work(
                     if repeated:
                         raise ManifestError(f"{request.manifest.name}: {repeated}")
         finally:
-            _publish_log(out, telemetry)
+            _publish_log(out, stamp, telemetry)
     untouched = {task.name: ShardReport(name=task.name, status="left") for task in todo}
     return untouched | reports, gave_up
 
@@ -188,10 +195,9 @@ def _split(request: RunRequest, tasks: Sequence[Task]) -> tuple[list[ShardReport
     return done, todo
 
 
-def _publish_log(out: str, telemetry: Telemetry) -> None:
-    """Keep the events under OUT/logs. A run that fails for want of space must not fail over its log too."""
+def _publish_log(out: str, stamp: str, telemetry: Telemetry) -> None:
+    """Keep the events so far under OUT/logs. A run that fails for want of space must not fail over its log."""
     folder = storage.join(out, LOGS_NAME)
-    stamp = dt.datetime.now(dt.UTC).strftime("%Y%m%dT%H%M%S.%fZ")
     try:
         storage.make_folder(folder)
         storage.publish_bytes(telemetry.log(), storage.join(folder, f"{stamp}.jsonl"))

@@ -15,7 +15,6 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from boomerang_batch import __version__, shipped, storage
 from boomerang_batch.config.blocks import ENTRY_POINT
@@ -124,8 +123,7 @@ def _refuse_secrets(wish: Wish) -> None:
 def _carries_credentials(url: str) -> bool:
     if "://" not in url:
         return False
-    parts = urlsplit(url)
-    return parts.password is not None or (parts.scheme in ("http", "https") and bool(parts.query))
+    return storage.holds_credentials(url) or (url.startswith(("http:", "https:")) and "?" in url)
 
 
 def _refuse_local_paths(wish: Wish) -> None:
