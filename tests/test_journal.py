@@ -68,10 +68,11 @@ def begin(recipe, manifest, out, outputs, monkeypatch) -> int:
     ("purpose", "options"),
     [
         ("anonymize", ()),
-        ("anonymize", ("variants=2", "passes.count=2", "passes.outputs=all")),
-        ("augment", ()),
-        ("augment", ("variants=2", "passes.count=2", "passes.outputs=all")),
-        ("augment", ("keep_originals=true",)),
+        pytest.param(
+            "anonymize", ("variants=2", "passes.count=2", "passes.outputs=all"), marks=pytest.mark.slow
+        ),
+        pytest.param("augment", ("variants=2", "passes.count=2", "passes.outputs=all"), marks=pytest.mark.slow),
+        pytest.param("augment", ("keep_originals=true",), marks=pytest.mark.slow),
     ],
 )
 def test_a_stop_in_mid_shard_costs_a_batch_and_no_byte(
@@ -121,6 +122,7 @@ def test_an_input_that_changed_is_drawn_and_not_restored(tmp_path, tiny_model, m
     assert worlds.tree(tmp_path / "out") == worlds.tree(tmp_path / "fresh")
 
 
+@pytest.mark.slow
 def test_a_broken_segment_is_told_and_drawn_again(tmp_path, tiny_model, monkeypatch, caplog):
     recipe = worlds.recipe(tiny_model, purpose="augment")
     manifest = worlds.save_shards(tmp_path / "in", shards=1, samples=SAMPLES)

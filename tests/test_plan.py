@@ -96,6 +96,7 @@ def test_samples_of_a_manifest_that_tells_are_counted_and_of_others_guessed(tmp_
     assert (told.samples, told.estimated) == (150, False)
 
 
+@pytest.mark.slow
 def test_the_plan_of_output_bytes_is_near_what_a_run_writes(tmp_path, tiny_model, manifest):
     recipe = worlds.recipe(tiny_model, purpose="augment")
     plan = planned(recipe, manifest)
@@ -136,6 +137,7 @@ def test_the_command_prints_and_saves(tmp_path, tiny_model, manifest):
     assert json.loads(result.stdout)["shards"] == 5
 
 
+@pytest.mark.slow
 def test_a_manifest_of_many_shards_takes_little_memory(tmp_path):
     """100,000 shards: less than 300 MB. benchmarks/ tells the time."""
     line = {"samples": 30, "bytes": 10_240, "digest": "0" * 64}
@@ -149,6 +151,7 @@ def test_a_manifest_of_many_shards_takes_little_memory(tmp_path):
     assert peak < 300e6
 
 
+@pytest.mark.slow
 def test_a_run_tells_how_its_plan_did(tmp_path, tiny_model, manifest):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(worlds.recipe_text(tiny_model, purpose="augment"))

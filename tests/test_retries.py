@@ -78,7 +78,14 @@ def test_what_broke_on_the_way_may_pass(error):
 
 @pytest.mark.parametrize(
     "error",
-    [FileNotFoundError(), PermissionError(), FileExistsError(), ValueError("bad"), OSError(errno.EINVAL, "x")],
+    [
+        FileNotFoundError(),
+        PermissionError(),
+        FileExistsError(),
+        ValueError("bad"),
+        OSError(errno.EINVAL, "x"),
+        because(FileExistsError(), HttpResponseError(409)),
+    ],
 )
 def test_what_was_refused_does_not(error):
     assert not may_pass(error)

@@ -38,7 +38,7 @@ def connect(address: str) -> bool:
         options["include_dashboard"] = False
     try:
         ray.init(address=address, **options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise BoomerangError(f"can't reach a Ray cluster at {address}: {error}") from error
     for number, handler in handlers.items():
         signal.signal(number, handler)

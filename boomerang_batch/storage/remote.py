@@ -6,6 +6,7 @@ far, on S3, GCS and Azure alike. A finished local file goes up in parts, a few o
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import io
 import tempfile
@@ -15,9 +16,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
+import fsspec.asyn
+from fsspec.asyn import AsyncFileSystem
 
 from boomerang_batch.errors import StorageError
-from boomerang_batch.storage.reader import BlockReader
+from boomerang_batch.storage.reader import BLOCK_BYTES, BlockReader
 from boomerang_batch.storage.retries import (
     FIRST_PATIENCE_S,
     PATIENCE_S,
@@ -28,6 +31,7 @@ from boomerang_batch.storage.retries import (
 from boomerang_batch.storage.urls import at_endpoint, holds_credentials, split_endpoint, without_secrets
 
 _CONNECT_S, _READ_S = 10, 60
+_SLOWEST_BYTES_PER_S = 256 << 10
 _PART_BYTES = 16 << 20
 _PARTS_AT_ONCE = 2
 _READ_ONLY = ("http", "https")
@@ -82,7 +86,7 @@ class Remote:
         size = info.get("size")
         if info.get("type") == "directory":
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
-        if size is None or info.get("partial") is False:
+        if size is None or info.get("partial") is False or not self._knows_ranges(int(size)):
             return self._download()
         identity = _identity(info)
 
@@ -114,8 +118,9 @@ class Remote:
     def glob(self) -> list[str]:
         """URLs that match."""
         found = self._ask(lambda: self._filesystem.glob(self._path), "list")
-        urls = sorted(str(self._filesystem.unstrip_protocol(path)) for path in found)
-        return [at_endpoint(url, self._endpoint) for url in urls]
+        # Not by the client's name for its protocol: Azure's has two, and a manifest's digest tells them apart.
+        urls = (path if "://" in path else f"{self._protocol}://{path.lstrip('/')}" for path in map(str, found))
+        return [at_endpoint(url, self._endpoint) for url in sorted(urls)]
 
     def put(self, source: Path) -> None:
         """Upload a finished local file, replacing what was there."""
@@ -123,12 +128,13 @@ class Remote:
         parts = {"chunksize": _PART_BYTES} if self._protocol in ("s3", "s3a", "gs", "gcs") else {}
         if self._protocol in ("s3", "s3a", "az", "abfs", "abfss"):
             parts["max_concurrency"] = _PARTS_AT_ONCE
-        self._ask(lambda: self._filesystem.put_file(str(source), self._path, **parts), "write")
+        size = source.stat().st_size
+        self._ask(lambda: self._upload("put_file", str(source), self._path, size=size, **parts), "write")
 
     def put_bytes(self, data: bytes) -> None:
         """Put small content, replacing what was there."""
         self._writable()
-        self._ask(lambda: self._filesystem.pipe_file(self._path, data), "write")
+        self._ask(lambda: self._upload("pipe_file", self._path, data, size=len(data)), "write")
 
     def create(self, data: bytes) -> None:
         """Put `data` if the name is free. Raises FileExistsError when something else is there.
@@ -152,12 +158,42 @@ class Remote:
 
     def _create_once(self, data: bytes) -> None:
         try:
-            self._filesystem.pipe_file(self._path, data, mode="create")
+            self._upload("pipe_file", self._path, data, size=len(data), mode="create")
         except OSError as error:
             # Some S3 servers answer 412 without naming the condition, which s3fs reports as EINVAL.
             if error.errno == errno.EINVAL and self._filesystem.exists(self._path):
                 raise FileExistsError(self._path) from error
             raise
+
+    def _upload(self, method: str, *words: Any, size: int, **options: Any) -> None:
+        """Call a method of the client for as long as sending `size` bytes may take: it has no bound itself."""
+        filesystem = self._filesystem
+        if not isinstance(filesystem, AsyncFileSystem):
+            getattr(filesystem, method)(*words, **options)
+            return
+
+        async def bounded() -> None:
+            # Cancelled in time: a call that was only waited for no longer would go on sending.
+            async with asyncio.timeout(_READ_S + size / _SLOWEST_BYTES_PER_S):
+                await getattr(filesystem, f"_{method}")(*words, **options)
+
+        fsspec.asyn.sync(filesystem.loop, bounded)
+
+    def _knows_ranges(self, size: int) -> bool:
+        """Whether a block of an object comes alone; a web server may answer with everything, and not say so."""
+        if not self._read_only or size <= BLOCK_BYTES:
+            return True
+
+        def look() -> bool:
+            with self._filesystem.open(self._path, "rb", cache_type="none", size=size) as file:
+                try:
+                    file.seek(size - 1)
+                    file.read(1)
+                except ValueError:
+                    return False
+                return True
+
+        return self._ask(look, "read")
 
     def _range(self, start: int, end: int) -> bytes:
         data = bytes(self._filesystem.cat_file(self._path, start=start, end=end))

@@ -80,6 +80,8 @@ def retry_count() -> int:
 def may_pass(error: BaseException) -> bool:
     """Whether the same request may succeed a little later."""
     for link in _causes(error):
+        if isinstance(link, FileExistsError):  # Azure's refusal of a create is a 409, too
+            return False
         status = http_status(link)
         if status is not None:
             return status in _PASSING_STATUS
@@ -93,6 +95,8 @@ def http_status(error: BaseException) -> int | None:
     response = getattr(error, "response", None)
     if isinstance(response, dict):  # botocore
         return _as_status(response.get("ResponseMetadata", {}).get("HTTPStatusCode"))
+    if response is not None:  # requests
+        return _as_status(getattr(response, "status_code", None))
     for name in ("status", "status_code", "code"):  # aiohttp, azure, gcsfs
         status = _as_status(getattr(error, name, None))
         if status is not None:
