@@ -338,7 +338,7 @@ def test_when_every_worker_dies_loading_the_run_says_so(stage):
     def load(actor):
         raise DIE
 
-    with pytest.raises(BoomerangError, match="died while loading the model"):
+    with pytest.raises(BoomerangError, match="could not load the model"):
         work(stage(Play(run=done, load=load), workers=2), "a")
 
 
@@ -498,3 +498,41 @@ def test_memory_that_ran_out_is_told_apart(stage):
     reports = work(stage(Play(run=run), max_attempts=2), "a")
     assert reports["a"].status == "quarantined"
     assert "its machine ran out of memory" in reports["a"].reason
+
+
+def test_shards_are_spread_before_they_are_stacked(stage):
+    """Else half the workers have two tasks each and the others none, and are let go."""
+    play = Play(run=slowly(6))
+    assert len(work(stage(play, workers=4), *"abcd")) == 4
+    assert sorted(number for number, _ in play.given) == [0, 1, 2, 3]
+
+
+def test_a_machine_that_can_not_load_or_differs_does_not_end_what_others_do(stage, caplog):
+    others = iter(
+        [RuntimeError("CUDA error"), ModelError("no such folder"), WorkerFacts(model_digest="m", stack={})]
+    )
+
+    def load(actor):
+        if actor.number == 0:
+            return FACTS
+        answer = next(others, FACTS)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    reports = work(stage(Play(run=slowly(8), load=load), workers=2), *"abcdef")
+    assert {report.status for report in reports.values()} == {"done"}
+    assert len(reports) == 6
+    for words in ("CUDA error", "no such folder", "workers differ"):
+        assert words in caplog.text
+
+
+def test_workers_that_can_never_load_are_not_hired_without_end(stage):
+    def load(actor):
+        if actor.number != 0:
+            raise DIE
+        return FACTS
+
+    play = Play(run=slowly(20), load=load, gpus=4)
+    assert len(work(stage(play, workers=None), *"abcdef")) == 6
+    assert len(play.actors) <= 7

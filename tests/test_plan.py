@@ -38,11 +38,11 @@ def test_the_rest_is_arithmetic():
     assert plan.images_per_s == 4.0
     assert plan.outputs == 2000
     assert plan.evaluations == 40_000
-    assert plan.wall_s == pytest.approx(10 + 2000 / 4 / 4)
+    assert plan.wall_s == pytest.approx(10 + 3 / 10 * 2000 / 4)  # ten shards: two workers do three
     assert plan.worker_hours == pytest.approx(4 * plan.wall_s / 3600)
     assert plan.cost == pytest.approx(2 * plan.worker_hours)
     assert plan.output_bytes == 300_000
-    assert plan.spool_bytes == 4 * 30_000
+    assert plan.spool_bytes == 6 * 30_000
     assert a_plan(price_per_hour=None).cost is None
 
 

@@ -2,7 +2,7 @@
 
 The n-th appendix of shard S is S~n, with tar, provenance and marker of its own. Its rows supersede those of S,
 and of earlier appendices, with the same key and variant. Only failed rows are ever superseded, so each row of
-an appendix takes the place of one failed row.
+an appendix takes the place of one failed row, but for originals that were not kept before.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from boomerang_batch import storage
 from boomerang_batch.errors import ObjectMissingError, PrivateDirError
 from boomerang_batch.run.commit import MARKER_SUFFIX, PROVENANCE_SUFFIX, read_marker
 from boomerang_batch.run.links import links_url
+from boomerang_batch.run.naming import ORIGINAL
 from boomerang_batch.run.tasks import Task
 
 _MARK = "~"
@@ -43,7 +44,7 @@ def current_counts(out: str, counts: Mapping[str, int], of_shard: Sequence[str])
     for name in of_shard:
         marker = read_marker(out, name)
         if marker is not None:
-            current["failed"] -= sum(marker.counts.values())
+            current["failed"] -= sum(marker.counts.values()) - marker.counts.get("original", 0)
             current.update(marker.counts)
     return {status: count for status, count in sorted(current.items()) if count}
 
@@ -64,6 +65,9 @@ def failed_tasks(out: str, private_dir: str | None, done: Sequence[Task]) -> Ite
         for (key, number), what in sorted(status.items()):
             if what == "failed":
                 again[key].append(number)
+        for key, numbers in again.items():
+            if (key, ORIGINAL) not in status:  # of a sample that failed as a whole it was not kept either
+                numbers.append(ORIGINAL)
         if again:
             number = _number(names[-1]) + 1 if len(names) > 1 else 1
             only = {key: tuple(numbers) for key, numbers in again.items()}

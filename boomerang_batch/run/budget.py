@@ -8,7 +8,7 @@ from boomerang_batch.run.tasks import ShardReport
 
 
 class Spending:
-    """What has failed so far, those of earlier runs on the same OUT included."""
+    """What has failed so far in this run. What failed in earlier ones may be what this one is to mend."""
 
     def __init__(self, budget: ErrorBudget) -> None:
         self._budget = budget
@@ -16,6 +16,8 @@ class Spending:
 
     def add(self, report: ShardReport) -> str:
         """Count what a shard's report tells; why the run must give up, in words, or nothing."""
+        if report.status == "there":
+            return ""
         self._samples += sum(count for status, count in report.counts.items() if status in BAD)
         self._shards += report.status == "quarantined"
         for failed, what, allowed in (

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -60,8 +61,12 @@ def read_marker(out: str, name: str) -> Marker | None:
     return marker if marker is not None and marker.stem == name else None
 
 
-def commit(out: str, marker: Marker, *, tar: Path, provenance: Path) -> None:
+def commit(
+    out: str, marker: Marker, *, tar: Path, provenance: Path, holding: Callable[[], None] = lambda: None
+) -> None:
     """Publish one shard. Raises StorageError when what is in storage is not what was meant.
+
+    `holding` is called before each publication, and raises when OUT is no longer ours to write to.
 
     A marker that is there already is read back: the same one means that another attempt of the same shard
     came first with the same bytes, and all is well. One that tells of other bytes is an error, and looked for
@@ -70,8 +75,13 @@ def commit(out: str, marker: Marker, *, tar: Path, provenance: Path) -> None:
     name = marker.stem
     if _is_committed(out, marker):
         return
-    _publish_checked(tar, storage.join(out, name + TAR_SUFFIX), marker.tar_sha256)
-    _publish_checked(provenance, storage.join(out, name + PROVENANCE_SUFFIX), marker.parquet_sha256)
+    for source, suffix, digest in (
+        (tar, TAR_SUFFIX, marker.tar_sha256),
+        (provenance, PROVENANCE_SUFFIX, marker.parquet_sha256),
+    ):
+        holding()
+        _publish_checked(source, storage.join(out, name + suffix), digest)
+    holding()
     url = storage.join(out, name + MARKER_SUFFIX)
     try:
         storage.create_only(url, marker.to_bytes())
@@ -93,9 +103,17 @@ def _is_committed(out: str, marker: Marker) -> bool:
     return there is not None
 
 
+def _digest_at(url: str) -> FileDigest:
+    with storage.open_read(url) as stream:
+        return digest_stream(stream)
+
+
 def _publish_checked(source: Path, url: str, sha256: str) -> None:
     storage.publish(source, url)
-    with storage.open_read(url) as stream:
-        found = digest_stream(stream)
+    try:
+        found = _digest_at(url)
+    except StorageError:
+        # Another attempt at the same shard may just have replaced it, by the same bytes.
+        found = _digest_at(url)
     if found.sha256 != sha256:
         raise StorageError(f"{url} reads back other bytes than were written; the disk or the store is failing")

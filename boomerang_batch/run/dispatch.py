@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import threading
 import time
 from collections import Counter, deque
@@ -40,7 +41,9 @@ _SILENT_S = 60.0
 """A worker that has not answered for so long is frozen or out of reach; an answer needs no device."""
 _LEAVE_BEFORE_S = 20.0
 """So long before its machine is shut down a worker gives its tasks back."""
-_LOAD_DEATHS_ALLOWED = 3
+_LOAD_FAILURES_ALLOWED = 3
+_HIRE_AGAIN_S = 5.0
+_FORGIVEN_AFTER_S = 600.0
 
 _log = logging.getLogger(__name__)
 
@@ -78,7 +81,9 @@ class RayPool:
         self._options: dict[str, Any] = {}
         self._members: list[_Member] = []
         self._facts: WorkerFacts | None = None
-        self._load_deaths = 0
+        self._load_failures = 0
+        self._load_failed_at = -math.inf
+        self._wanted = 1
         self._looked_at = 0.0
         self._queue: deque[Task] = deque()
         self._solo: deque[Task] = deque()
@@ -94,7 +99,7 @@ class RayPool:
         """
         self._owns_ray = ray_cluster.connect(self._address)
         gpus = ray_cluster.gpus() if self._spec.device != "cpu" else 0
-        wanted = self._workers or max(gpus, 1)
+        self._wanted = wanted = self._workers or max(gpus, 1)
         if gpus and wanted > gpus:
             _log.warning("%d workers wanted but Ray has %d GPUs; the others join as GPUs do", wanted, gpus)
         elsewhere = self._address != "local"
@@ -144,7 +149,7 @@ class RayPool:
             ray.shutdown()
 
     def _hire(self, count: int = 1) -> None:
-        for _ in range(count):
+        for _ in range(max(count, 0)):
             actor = self._worker.options(**self._options).remote(self._spec)
             self._members.append(_Member(actor=actor, loading=actor.load.remote()))
 
@@ -152,26 +157,39 @@ class RayPool:
         """A worker has answered its `load` call: it is ready, or dead, or what it loads is bad."""
         try:
             facts: WorkerFacts = answer(member.loading)
+            if self._facts is not None and facts != self._facts:
+                raise RunMismatchError(
+                    f"workers differ, so their outputs would: {self._facts.stack} and {facts.stack}; "
+                    "use machines with one stack"
+                )
         except DEATHS as error:
-            self._dismiss(member)
-            self._load_deaths += 1
-            told = f"{self._load_deaths} worker(s) in a row died while loading the model; is memory short?"
-            if self._load_deaths < _LOAD_DEATHS_ALLOWED:
-                self._hire()
-            elif self._members:
-                # One bad machine must not end what the others can do.
-                _log.warning("%s Going on with %d worker(s)", told, len(self._members))
-            else:
-                raise BoomerangError(f"{told} ({why(error)})") from error
-            return
-        self._load_deaths = 0
-        if self._facts is not None and facts != self._facts:
-            raise RunMismatchError(
-                f"workers differ, so their outputs would: {self._facts.stack} and {facts.stack}; "
-                "use machines with one stack"
-            )
-        self._facts = facts
-        member.loading = None
+            self._turn_away(member, why(error), error)
+        except Exception as error:
+            if self._facts is None:
+                raise  # nobody can do it, as it seems
+            cause = error.cause if isinstance(error, RayTaskError) else error
+            self._turn_away(member, first_line(cause), error)
+        else:
+            self._load_failures = 0
+            self._facts = facts
+            member.loading = None
+
+    def _turn_away(self, member: _Member, reason: str, error: Exception) -> None:
+        """A worker can't load the model, or not as the others did: one bad machine must not end what they do.
+
+        Another is hired at once while nobody is ready; later on `_look_round` does so, at growing intervals.
+        """
+        self._dismiss(member)
+        now = time.monotonic()
+        if now - self._load_failed_at > _FORGIVEN_AFTER_S:
+            self._load_failures = 0
+        self._load_failures, self._load_failed_at = self._load_failures + 1, now
+        told = f"{self._load_failures} worker(s) in a row could not load the model"
+        if self._load_failures >= _LOAD_FAILURES_ALLOWED and not self._members:
+            raise BoomerangError(f"{told}; is memory short? ({reason})") from error
+        _log.warning("%s, the last because %s; going on with %d", told, reason, len(self._members))
+        if self._load_failures < _LOAD_FAILURES_ALLOWED:
+            self._hire()
 
     def _look_round(self) -> None:
         """Use GPUs that have joined, and let machines go that are leaving, or not needed any more."""
@@ -179,8 +197,14 @@ class RayPool:
             return
         self._looked_at = time.monotonic()
         waiting = len(self._queue) + len(self._solo)
-        if self._workers is None and self._options["num_gpus"] and waiting:
-            self._hire(max(ray_cluster.gpus() - len(self._members), 0))
+        if self._workers is None and self._options["num_gpus"]:
+            self._wanted = max(ray_cluster.gpus(), 1)
+        failures = self._load_failures
+        again_s = (
+            0.0 if failures < _LOAD_FAILURES_ALLOWED else min(_HIRE_AGAIN_S * 2.0**failures, _FORGIVEN_AFTER_S)
+        )
+        if time.monotonic() - self._load_failed_at >= again_s:
+            self._hire(min(self._wanted - len(self._members), waiting))
         if not waiting:
             # Workers that wait for a GPU are what makes an autoscaler add machines; idle ones keep machines.
             for member in [member for member in self._members if not member.tasks]:
@@ -195,12 +219,16 @@ class RayPool:
                 member.actor.stop.remote()
 
     def _hand_out(self) -> None:
-        for member in self._members:
-            if member.loading is not None or member.leaving:
-                continue
+        ready = [member for member in self._members if member.loading is None and not member.leaving]
+        for member in ready:
             if self._solo and not member.tasks:
                 self._give(member, self._solo.popleft(), alone=True)
-            while self._queue and not member.alone and len(member.tasks) < DEPTH and not self._solo:
+            elif self._queue and not member.tasks:
+                self._give(member, self._queue.popleft(), alone=False)
+        # A second task only where that leaves enough for those who have none yet.
+        idle = sum(not member.tasks and not member.leaving for member in self._members)
+        for member in ready:
+            while len(self._queue) > idle and not member.alone and len(member.tasks) < DEPTH and not self._solo:
                 self._give(member, self._queue.popleft(), alone=False)
 
     def _replace(self, member: _Member) -> None:
@@ -223,6 +251,7 @@ class RayPool:
         pending = [reference for member in self._members for reference in member.tasks]
         pending += [member.loading for member in self._members if member.loading is not None and not stopping]
         if not pending:
+            time.sleep(_POLL_S)  # for a machine, or for the next try at hiring
             return
         ready, _ = ray.wait(pending, num_returns=1, timeout=_POLL_S)
         for reference in ready:

@@ -104,7 +104,8 @@ def _execute(
         for warning in facts.warnings:
             _log.warning("%s", warning)
         record = expected_record(request, naming, tasks, facts)
-        if there and facts.stack != there.stack:
+        mixed = there is not None and (there.accepted_stacks or facts.stack != there.stack)
+        if mixed and request.accept_stack:  # else it is refused, or nothing changes
             holding.let_uploads_end(stop)
         for home in record_homes(request):
             open_record(
@@ -132,7 +133,7 @@ def _work(
     stamp, published_at = dt.datetime.now(dt.UTC).strftime("%Y%m%dT%H%M%S.%fZ"), time.monotonic()
     done, todo = _split(request, tasks)
     if request.only_failed:
-        names = {report.name for report in done}
+        names = {report.name for report in done if report.counts.get("failed")}
         private = request.private_dir if request.recipe.purpose == "anonymize" else None
         todo += failed_tasks(out, private, [task for task in tasks if task.name in names])
     with Telemetry(shards=len(tasks), quiet=request.quiet) as telemetry:
@@ -221,12 +222,13 @@ def _close(
     # Of shards storage tells whether they are done; an appendix that was not made leaves its shard as it was.
     status = {name: report.status for name, report in reports.items()}
     undone = {task.name for task in left}
-    undone |= {name for name, what in status.items() if is_appendix(name) and what != "done"}
+    undone |= {name for name, what in status.items() if is_appendix(name) and what not in ("done", "there")}
     quarantined = sorted(name for name in undone if status.get(name) == "quarantined")
     stopped = stopped and len(undone) > len(quarantined)
     if not stopped:
         publish_sheets(request.recipe, request.out, request.private_dir, naming, tasks, done)
-    journal.sweep(request.out, [report.name for report in done])
+    committed = [name.removesuffix(MARKER_SUFFIX) for name in storage.list_names(request.out)]
+    journal.sweep(journal.home(request.recipe.purpose, request.out, request.private_dir), committed)
     made = [name for name, report in reports.items() if report.status == "done"]
     mended = sum(map(is_appendix, made))
     return RunReport(

@@ -1,12 +1,12 @@
-"""A shard's journal: finished outputs, kept in OUT while the shard is in work, lest a lost worker cost much.
+"""A shard's journal: finished outputs, kept while the shard is in work, lest a lost worker cost much.
 
 Every `journal_every` samples, and when a run is stopped, what has been finished since goes up as one segment.
 Who does the shard next takes a sample from there if all its outputs are there and were made of the very same
 input; everything else is drawn again. The shard's own files come out the same, byte by byte.
 
-Segments lie under OUT/logs and hold nothing that OUT itself will not: rows and fields under the output's names.
-That an entry belongs to an input is proved by a hash under the noise key, which tells nothing to who has no
-secret. They are removed when the shard is committed.
+Segments lie under OUT/logs, or under anonymize in the private dir: entries come in the order of the input,
+which the output's own order hides. That an entry belongs to an input is proved by a hash under the noise key.
+Segments are removed when the shard is committed.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class _Kept:
 class Journal:
     """The journal of one shard. `add` and `flush` are for one thread, `find` for another."""
 
-    def __init__(self, out: str, name: str, *, scratch: Path, copies: BinaryIO, every: int) -> None:
-        self._url = folder_of(out, name)
+    def __init__(self, home: str, name: str, *, scratch: Path, copies: BinaryIO, every: int) -> None:
+        self._url = folder_of(home, name)
         self._scratch = scratch
         self._every = every
         self._buffer: list[dict[str, Any]] = []
@@ -148,7 +148,7 @@ class Journal:
 
 
 @contextlib.contextmanager
-def opened(out: str, name: str, *, scratch: Path, every: int) -> Iterator[Journal | None]:
+def opened(home: str, name: str, *, scratch: Path, every: int) -> Iterator[Journal | None]:
     """The journal of shard `name`, with what earlier attempts kept copied to the local folder `scratch`.
 
     `every`: outputs in a segment; with 0 there is no journal.
@@ -157,24 +157,30 @@ def opened(out: str, name: str, *, scratch: Path, every: int) -> Iterator[Journa
         yield None
         return
     with (scratch / "kept").open("w+b") as copies:
-        yield Journal(out, name, scratch=scratch, copies=copies, every=every)
+        yield Journal(home, name, scratch=scratch, copies=copies, every=every)
 
 
-def folder_of(out: str, name: str) -> str:
+def home(purpose: str, out: str, private_dir: str | None) -> str:
+    """Where a run's journals lie: OUT, or the private dir under anonymize."""
+    return private_dir if purpose == "anonymize" and private_dir is not None else out
+
+
+def folder_of(home: str, name: str) -> str:
     """Where the journal of shard `name` lies."""
-    return storage.join(out, "logs", FOLDER, name)
+    return storage.join(home, "logs", FOLDER, name)
 
 
-def remove(out: str, name: str) -> None:
+def remove(home: str, name: str) -> None:
     """Remove a shard's journal, for the shard is committed. What can't be removed does no harm."""
-    folder = folder_of(out, name)
+    folder = folder_of(home, name)
     with contextlib.suppress(StorageError):
+        storage.sweep(folder)
         for segment in storage.list_names(folder):
             storage.delete(storage.join(folder, segment))
         storage.remove_folder(folder)
 
 
-def sweep(out: str, done: Collection[str]) -> None:
+def sweep(home: str, done: Collection[str]) -> None:
     """Remove the journals of committed shards, which a kill after the commit leaves behind."""
-    for name in set(storage.list_names(storage.join(out, "logs", FOLDER))).intersection(done):
-        remove(out, name)
+    for name in set(storage.list_names(storage.join(home, "logs", FOLDER))).intersection(done):
+        remove(home, name)

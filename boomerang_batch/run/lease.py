@@ -33,8 +33,8 @@ from boomerang_batch.errors import LeaseError, ObjectExistsError, ObjectMissingE
 FOLDER = "lease"
 BEAT_EVERY_S = 10.0
 STALE_AFTER_S = 60.0
-UPLOADS_END_AFTER_S = 600.0
-"""An upload in flight is given up after as long; see storage.retries."""
+UPLOADS_END_AFTER_S = 2400.0
+"""An upload of up to a GiB in flight is given up after as long: see `Remote.put` and `retries.PATIENCE_S`."""
 
 _log = logging.getLogger(__name__)
 
@@ -64,6 +64,11 @@ class Lease:
     epoch: int
     taken_over_at: float | None
     """time.monotonic() when it was taken from a holder who had not let go; None if nobody had to be ousted."""
+
+    @property
+    def waited_out(self) -> bool:
+        """Whether no upload of an ousted holder can be on its way any more."""
+        return self.taken_over_at is None or time.monotonic() - self.taken_over_at >= UPLOADS_END_AFTER_S
 
     def let_uploads_end(self, stop: threading.Event) -> None:
         """Wait until whatever the ousted holder was uploading must have ended, or been given up."""
@@ -99,8 +104,10 @@ def held(out: str, *, wait: bool, stop: threading.Event) -> Iterator[Lease]:
     finally:
         over.set()
         beating.join()
-        with contextlib.suppress(StorageError):  # the next run then finds a dead holder
-            _write_beat(out, lease.epoch, {"released": True})
+        # Who took over and ends soon after leaves the wait for uploads to the next, who finds a dead holder.
+        if lease.waited_out:
+            with contextlib.suppress(StorageError):
+                _write_beat(out, lease.epoch, {"released": True})
 
 
 def _acquire(out: str, *, wait: bool, stop: threading.Event) -> Lease:

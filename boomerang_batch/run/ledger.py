@@ -60,6 +60,7 @@ class Ledger:
         self._entries: dict[str | None, dict[tuple[int, int], _Entry]] = defaultdict(dict)
         """By key, then by offset and variant."""
         self._withdrawn: set[str] = set()
+        self._refused: set[tuple[str | None, int, int]] = set()
         self._writing = threading.Lock()
 
     def __enter__(self) -> Ledger:
@@ -70,9 +71,17 @@ class Ledger:
     ) -> None:
         self._spool.close()
 
-    def add(self, source: Source, row: Row, member_key: str, fields: Mapping[str, bytes]) -> None:
-        """Take a finished output, unless its sample has been withdrawn meanwhile."""
+    def add(
+        self, source: Source, row: Row, member_key: str, fields: Mapping[str, bytes], *, again: bool = False
+    ) -> None:
+        """Take a finished output, unless its sample has been withdrawn meanwhile.
+
+        Nor one that was refused, for a twin of it may have been found on another thread while it was being
+        finished; but `again` says that it was made anew since.
+        """
         with self._writing:
+            if (source.key, source.offset, row.variant) in self._refused and not again:
+                return
             if source.key not in self._withdrawn and self._wants(source.key, row.variant):
                 places = {name: self._write(data) for name, data in fields.items()}
                 self._enter(source, row, member_key, places)
@@ -81,6 +90,7 @@ class Ledger:
         """Record an output that failed."""
         with self._writing:
             if source.key not in self._withdrawn and self._wants(source.key, row.variant):
+                self._refused.add((source.key, source.offset, row.variant))
                 self._enter(source, row)
 
     def withdraw(self, source: Source, row: Row) -> None:

@@ -6,6 +6,7 @@ Ray's histograms sum the middles of their buckets, not what was observed.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 
 from ray.util.metrics import Counter, Gauge
@@ -28,19 +29,21 @@ GAUGES = {
 
 
 class Exporter:
-    """One worker's metrics. Ray tells workers apart by its own tags."""
+    """One worker's metrics. Ray tells workers apart by its own tags. Threads may share it."""
 
     def __init__(self) -> None:
+        self._exporting = threading.Lock()
         self._counters = {name: Counter(PREFIX + name, description=text) for name, text in COUNTERS.items()}
         self._gauges = {name: Gauge(PREFIX + name, description=text) for name, text in GAUGES.items()}
         self._exported = dict.fromkeys(COUNTERS, 0.0)
 
     def export(self, totals: Mapping[str, float]) -> None:
         """Bring the metrics to `totals`, by the names above; each counter's is since the worker began."""
-        for name, counter in self._counters.items():
-            grown = totals[name] - self._exported[name]
-            if grown > 0:
-                counter.inc(grown)
-                self._exported[name] = totals[name]
-        for name, gauge in self._gauges.items():
-            gauge.set(totals[name])
+        with self._exporting:
+            for name, counter in self._counters.items():
+                grown = totals[name] - self._exported[name]
+                if grown > 0:
+                    counter.inc(grown)
+                    self._exported[name] = totals[name]
+            for name, gauge in self._gauges.items():
+                gauge.set(totals[name])

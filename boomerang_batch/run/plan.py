@@ -80,8 +80,9 @@ class Plan:
 
     @property
     def wall_s(self) -> float:
-        """From start to end, the model's loading included. No more workers than shards have work."""
-        return self.probe.load_s + self.outputs / self.images_per_s / min(self.workers, self.shards)
+        """From start to end, the model's loading included. A shard is one worker's, so some do one more."""
+        share = math.ceil(self.shards / self.workers) / self.shards
+        return self.probe.load_s + share * self.outputs / self.images_per_s
 
     @property
     def worker_hours(self) -> float:
@@ -100,15 +101,15 @@ class Plan:
 
     @property
     def spool_bytes(self) -> int:
-        """Room on each worker's scratch disk: two shards in work, each once as a spool and once as a tar."""
-        return 2 * DEPTH * math.ceil(self.output_bytes / self.shards)
+        """Room on each worker's scratch disk: two shards in work, each as spool, as tar, and as journal."""
+        return 3 * DEPTH * math.ceil(self.output_bytes / self.shards)
 
     def compared_with(self, report: RunReport) -> str:
         """How the plan did, in a sentence, once the run it was for is over."""
         made, earlier = report.shards.get("done", 0), report.shards.get("there", 0)
         if earlier or made != self.shards:
             return f"plan: it was for all {self.shards} shards in one go; this run made {made}"
-        rows = sum(report.rows.values())
+        rows = report.rows.get("ok", 0)
         return (
             f"plan: {self.wall_s:.0f} s and {self.outputs} outputs were planned; it took "
             f"{report.seconds:.0f} s ({report.seconds / self.wall_s - 1:+.0%}) and made {rows} "

@@ -33,7 +33,7 @@ from boomerang_batch.run.naming import Naming
 from boomerang_batch.run.private import load_secret
 from boomerang_batch.run.scratch import scratch_folder, sweep_scratch
 from boomerang_batch.run.shard_drawing import ShardDrawing
-from boomerang_batch.run.stack import fingerprint, short_versions
+from boomerang_batch.run.stack import fingerprint
 from boomerang_batch.run.tasks import RunSpec, ShardReport, Task, WorkerFacts
 from boomerang_batch.run.transform import Transform
 from boomerang_batch.storage.retries import retry_count
@@ -47,6 +47,7 @@ class Runner:
         recipe = spec.recipe
         self._spec = spec
         self._private_dir = spec.private_dir if recipe.purpose == "anonymize" else None
+        self._journals = journal.home(recipe.purpose, spec.out, spec.private_dir)
         secret = load_secret(spec.private_dir) if recipe.purpose == "anonymize" else None
         naming = Naming(recipe, secret)
         engine, walks = load(recipe, device=spec.device, threads=spec.threads, batch_size=spec.batch_size)
@@ -58,7 +59,7 @@ class Runner:
             threads=spec.threads,
         )
         flags = None if recipe.model.safety == "unchecked" else functools.partial(_flagged, engine)
-        self._transform = Transform(recipe, model, walks, naming, short_versions(stack), flags=flags)
+        self._transform = Transform(recipe, model, walks, naming, stack, flags=flags)
         self._drawing = Drawing(engine, dtype=recipe.model.dtype)
         names = ("outputs_total", "output_bytes_total", "shards_done_total", "shards_failed_total", "tasks")
         self._totals = dict.fromkeys(names, 0.0)
@@ -122,7 +123,7 @@ class Runner:
             Ledger(
                 scratch / "spool", by_pseudonym=spec.recipe.purpose == "anonymize", wants=task.wants
             ) as ledger,
-            journal.opened(spec.out, task.name, scratch=scratch, every=every) as kept,
+            journal.opened(self._journals, task.name, scratch=scratch, every=every) as kept,
         ):
             ShardDrawing(
                 task,
@@ -155,9 +156,9 @@ class Runner:
             parquet_bytes=provenance_digest.size_bytes,
             recipe_digest=self._spec.recipe.digest,
         )
-        lease.require(self._spec.out, self._spec.epoch)
-        commit(self._spec.out, marker, tar=tar, provenance=provenance)
-        journal.remove(self._spec.out, task.name)
+        holding = functools.partial(lease.require, self._spec.out, self._spec.epoch)
+        commit(self._spec.out, marker, tar=tar, provenance=provenance, holding=holding)
+        journal.remove(self._journals, task.name)
         self._count("shards_done_total")
         self._count("output_bytes_total", marker.tar_bytes + marker.parquet_bytes)
         self._count("outputs_total", sum(counts.values()))

@@ -67,7 +67,7 @@ class ShardDrawing:
         """
         try:
             for made in self._drawing.run(self._draws()):
-                self._finish(made, journal=self._journal)
+                self._finish(made)
                 self._finished += 1
                 self._progress(self._finished)
         except StoppedError:
@@ -75,6 +75,8 @@ class ShardDrawing:
                 self._journal.flush()
             raise
         if self._suspects and not self._drawing.exact:
+            if self._journal is not None:
+                self._journal.flush()
             self._look_again()
 
     def _draws(self) -> Iterator[Draw]:
@@ -102,7 +104,7 @@ class ShardDrawing:
             if self._restore(prepared):
                 continue
             for untouched in transform.untouched(prepared):
-                self._finish(untouched)
+                self._finish(untouched, kept=False)
             for draw in transform.draws(prepared):
                 if any(self._task.wants(item.key, number) for number in transform.numbers(draw.tag.variant)):
                     self._mind_stop()  # variants of one sample may fill many batches
@@ -114,7 +116,7 @@ class ShardDrawing:
         try:
             for made in self._drawing.run_in_float32(self._draws_of(suspects)):
                 if (made.prepared.source.offset, self._transform.number(made)) in suspects:
-                    self._finish(made)
+                    self._finish(made, kept=False, again=True)
                     self._progress(self._finished)
         except ModelError as error:
             _log.warning(
@@ -158,10 +160,14 @@ class ShardDrawing:
             return False
         found: dict[int, Output] = {}
         for number, proof in self._transform.proofs(prepared).items():
+            if not self._task.wants(prepared.source.key, number):
+                continue
             output = self._journal.find(proof)
             if output is None:
                 return False
             found[number] = output
+        if not found:
+            return False
         for number, output in found.items():
             try:
                 self._transform.check_repeated(prepared, number, output.digests, seen=self._seen)
@@ -172,10 +178,11 @@ class ShardDrawing:
         self._finished += len(found)
         return True
 
-    def _finish(self, made: Made, *, journal: Journal | None = None) -> None:
+    def _finish(self, made: Made, *, kept: bool = True, again: bool = False) -> None:
         """One output into the ledger, or the row that says why there is none; perhaps an earlier one's too.
 
-        What the second look saves is not for the journal: whoever goes on must come to the same suspects.
+        `kept`: in the journal too. Not what is saved when drawn `again`: whoever goes on must come to the same
+        suspects.
         """
         prepared, number = made.prepared, self._transform.number(made)
         try:
@@ -184,9 +191,9 @@ class ShardDrawing:
         except SampleError as error:
             self._refuse(prepared, number, error)
         else:
-            self._ledger.add(prepared.source, output.row, output.member_key, output.fields)
-            if journal is not None:
-                journal.add(output, self._transform.proofs(prepared)[number])
+            self._ledger.add(prepared.source, output.row, output.member_key, output.fields, again=again)
+            if kept and self._journal is not None:
+                self._journal.add(output, self._transform.proofs(prepared)[number])
 
     def _refuse(self, prepared: Prepared, number: int, error: SampleError) -> None:
         for refusal in self._transform.failed_output(prepared, number, error):

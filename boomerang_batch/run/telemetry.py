@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from boomerang_batch.data.provenance import BAD
+from boomerang_batch.run.appendix import is_appendix
 from boomerang_batch.run.tasks import ShardReport
 
 _LINE_EVERY_S = 5.0
@@ -25,7 +26,7 @@ class Telemetry:
 
     def __init__(self, *, shards: int, quiet: bool = False) -> None:
         self._shards = shards
-        self._done = 0
+        self._done = self._done_here = self._quarantined = 0
         self._failed = 0
         self._finished_images = 0
         self._images_in_flight: dict[str, int] = {}
@@ -62,8 +63,10 @@ class Telemetry:
         self._images_in_flight.pop(report.name, None)
         if report.status == "done":
             self._finished_images += sum(report.counts.values())
-        if report.status in ("done", "there"):
-            self._done += 1
+        if not is_appendix(report.name):
+            self._done += report.status in ("done", "there")
+            self._done_here += report.status == "done"
+            self._quarantined += report.status == "quarantined"
         bad = sum(count for status, count in report.counts.items() if status in BAD)
         self._failed += bad
         self.event(
@@ -88,8 +91,8 @@ class Telemetry:
             self._bar.update(self._row, completed=self._done, note=note)
         elif not self._quiet and (force or now - self._last_line >= _LINE_EVERY_S):
             self._last_line = now
-            left = self._shards - self._done
-            eta_s = round((now - self._started) / self._done * left) if self._done else None
+            left = max(self._shards - self._done - self._quarantined, 0)
+            eta_s = round((now - self._started) / self._done_here * left) if self._done_here else None
             line = {"shards_done": self._done, "shards": self._shards, "images": images, "failed": self._failed}
             print(
                 json.dumps({**line, "images_per_s": round(rate, 2), "eta_s": eta_s}),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -23,6 +24,7 @@ from boomerang_batch.run.guards import RepeatedOutputError, Seen, check_changed,
 from boomerang_batch.run.ledger import Source
 from boomerang_batch.run.naming import ORIGINAL, Naming, member_key, refuse_reserved_key
 from boomerang_batch.run.rows import Rows
+from boomerang_batch.run.stack import short_versions
 from boomerang_batch.run.stages import Made, Output, PieceTag, Place, Prepared, Refusal
 from boomerang_batch.run.walks import Walks
 
@@ -43,7 +45,7 @@ class Transform:
         model: DenoiserSpec,
         walks: Walks,
         naming: Naming,
-        versions: str,
+        stack: Mapping[str, str],
         *,
         flags: Callable[[images.Pixels], bool] | None = None,
     ) -> None:
@@ -53,7 +55,8 @@ class Transform:
         self._walks = walks
         self._naming = naming
         self._flags = flags
-        self._rows = Rows(recipe, naming, model_digest=model.digest, versions=versions)
+        self._made_by = json.dumps([recipe.digest, model.digest, dict(stack)], sort_keys=True).encode()
+        self._rows = Rows(recipe, naming, model_digest=model.digest, versions=short_versions(stack))
 
     def prepare(self, sample: Sample, *, shard: str) -> Prepared:
         """Decode, lay out and name one sample. Raises SampleError."""
@@ -203,11 +206,11 @@ class Transform:
         ]
 
     def proofs(self, prepared: Prepared) -> dict[int, bytes]:
-        """For every output of a sample, by its number, what proves that it was made of just this sample.
+        """For every output of a sample, by its number, what proves that it was made of it, by this very run.
 
         A hash under the noise key: under a secret it tells nothing of the sample.
         """
-        of_what = f"{self._recipe.digest} {self._model.digest}".encode() + prepared.fingerprint
+        of_what = self._made_by + prepared.fingerprint
         return {
             number: hashlib.blake2b(
                 number.to_bytes(4, "little") + of_what,

@@ -47,6 +47,7 @@ class Worker:
             return self._runner.run(task, stopped=self._stop.is_set, progress=progress)
         finally:
             self._finished.pop(task.name, None)
+            self._metrics.export(self._runner.totals)  # nobody may ask it again
 
     @ray.method(concurrency_group="ctl")
     def state(self) -> WorkerState:

@@ -31,7 +31,7 @@ from boomerang_batch.storage.retries import (
 from boomerang_batch.storage.urls import at_endpoint, holds_credentials, split_endpoint, without_secrets
 
 _CONNECT_S, _READ_S = 10, 60
-_SLOWEST_BYTES_PER_S = 256 << 10
+_SLOWEST_BYTES_PER_S = 512 << 10
 _PART_BYTES = 16 << 20
 _PARTS_AT_ONCE = 2
 _READ_ONLY = ("http", "https")
