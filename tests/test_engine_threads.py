@@ -18,8 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from boomerang_batch.diffusion import streams
 from boomerang_batch.diffusion.engine import Draw, Drawn, Engine
 from boomerang_batch.diffusion.streams import Stream
+from boomerang_batch.errors import StoppedError
 from tests.engines import SIZE, Tiny, draw, walk_at
 
 pytestmark = pytest.mark.slow
@@ -498,3 +500,28 @@ def test_the_network_has_the_threads_it_was_promised_whatever_others_set(make):
     finally:
         torch.set_num_threads(before)
     assert set(found) == {3}
+
+
+def test_a_stop_does_not_wait_for_long_walks(make, monkeypatch):
+    """The reader is done, all is in slots, and a walk would take half a minute."""
+    monkeypatch.setattr(streams, "_LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr(streams, "_STOP_WITHIN_S", 0.3)
+    engine, stop = make(), threading.Event()
+    engine.denoiser.fault = lambda method, shape: time.sleep(0.2 if stop.is_set() else 0)
+    assert len(list(engine.run([draw(0)], stopped=stop.is_set))) == 1
+    stop.set()
+    started = time.monotonic()
+    with pytest.raises(StoppedError):
+        list(engine.run([draw(i, timestep=19) for i in range(40)], stopped=stop.is_set))
+    assert time.monotonic() - started < 3
+    stop.clear()
+    assert len(list(engine.run([draw(1)], stopped=stop.is_set))) == 1  # and the slots are free again
+
+
+def test_what_comes_soon_after_a_stop_is_taken(make):
+    stop = threading.Event()
+    results = []
+    for drawn in make().run([draw(i) for i in range(12)], stopped=stop.is_set):
+        results.append(drawn)
+        stop.set()
+    assert len(results) == 12

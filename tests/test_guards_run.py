@@ -177,10 +177,10 @@ def test_only_what_was_refused_is_saved_anew(tmp_path: Path, monkeypatch: pytest
 
     drawn, run = [], Drawing.run_in_float32
 
-    def run_in_float32(self: Drawing, draws: Iterable[Draw]) -> Iterator[Made]:
+    def run_in_float32(self: Drawing, draws: Iterable[Draw], **options) -> Iterator[Made]:
         wanted = list(draws)
         drawn.extend((one.tag.prepared.source.key, one.tag.variant) for one in wanted)
-        return run(self, wanted)
+        return run(self, wanted, **options)
 
     monkeypatch.setattr(Transform, "finish", finish)
     monkeypatch.setattr(Drawing, "run_in_float32", run_in_float32)

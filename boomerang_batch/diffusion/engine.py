@@ -15,7 +15,7 @@ import dataclasses
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -109,15 +109,16 @@ class Engine:
                 "outputs_waiting": sum(len(stream.results) for stream in self._streams),
             }
 
-    def run(self, draws: Iterable[Draw]) -> Iterator[Drawn]:
+    def run(self, draws: Iterable[Draw], *, stopped: Callable[[], bool] = lambda: False) -> Iterator[Drawn]:
         """Yield what becomes of each draw, in the order of arrival, which is not that of `draws`.
 
         `draws` is iterated on a thread of its own, a little ahead of what the slots take. What it raises is
         raised here, at once. Results wait for the caller, and too many of them hold back further draws. To
         leave takes until `draws` has given the one it is at; if it is a generator it is closed.
-        Raises ModelError when memory runs out, and whatever the denoiser raises.
+        Raises ModelError when memory runs out, StoppedError some seconds after `stopped` says so, and whatever
+        the denoiser raises.
         """
-        stream = Stream(self._changed, ahead=self._groups.most_room)
+        stream = Stream(self._changed, ahead=self._groups.most_room, stopped=stopped)
         reader = threading.Thread(target=stream.read, args=(draws,), name="boomerang-read", daemon=True)
         try:
             self._enter(stream)

@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import bisect
 import threading
+import time
 from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from boomerang_batch.diffusion.draws import Draw
 from boomerang_batch.diffusion.threads import use_threads
+from boomerang_batch.errors import StoppedError
+
+_LOOK_EVERY_S = 0.5
+_STOP_WITHIN_S = 8.0
+"""What comes out of slots so soon after a stop is taken; a walk may take minutes more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +46,13 @@ class Stream:
     there may be as many results more as they have passes to emit.
     """
 
-    def __init__(self, changed: threading.Condition, *, ahead: int) -> None:
+    def __init__(
+        self, changed: threading.Condition, *, ahead: int, stopped: Callable[[], bool] = lambda: False
+    ) -> None:
         self._changed = changed
         self._ahead = ahead
+        self._stopped = stopped
+        self._stopped_at: float | None = None
         self.waiting: deque[Draw] = deque()
         self.results: deque[Drawn] = deque()
         self.inside = 0
@@ -79,9 +89,16 @@ class Stream:
             self._changed.notify_all()
 
     def next_result(self) -> Drawn | None:
-        """The next result, or None after the last. Raises what went wrong with the draws or the engine."""
+        """The next result, or None after the last. Raises what went wrong with the draws or the engine.
+
+        Raises StoppedError when a stop has been asked for and what is in slots takes long to come out.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: self.error is not None or self.results or self._over)
+            while not self._changed.wait_for(
+                lambda: self.error is not None or self.results or self._over, timeout=_LOOK_EVERY_S
+            ):
+                self._mind_stop()
+            self._mind_stop()
             if self.error is not None:
                 raise self.error
             if not self.results:
@@ -94,6 +111,13 @@ class Stream:
         with self._changed:
             self.cancelled = True
             self._changed.notify_all()
+
+    def _mind_stop(self) -> None:
+        if not self._stopped():
+            return
+        self._stopped_at = self._stopped_at or time.monotonic()
+        if time.monotonic() - self._stopped_at > _STOP_WITHIN_S:
+            raise StoppedError("stopped while draws were on their way; run the same command to resume")
 
     @property
     def _over(self) -> bool:

@@ -7,7 +7,7 @@ when it is first asked for, has the network in float32, for what half precision 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -36,18 +36,21 @@ class Drawing:
         """Why there can't be one."""
         self._making = threading.Lock()
 
-    def run(self, draws: Iterable[Draw]) -> Iterator[Made]:
-        """Every output whose pieces are among `draws`, in the order in which they are whole."""
-        return self._whole(self._engine, draws, dtype=self._dtype)
+    def run(self, draws: Iterable[Draw], *, stopped: Callable[[], bool]) -> Iterator[Made]:
+        """Every output whose pieces are among `draws`, in the order in which they are whole.
 
-    def run_in_float32(self, draws: Iterable[Draw]) -> Iterator[Made]:
+        Raises StoppedError some seconds after `stopped` says so.
+        """
+        return self._whole(self._engine, draws, stopped, dtype=self._dtype)
+
+    def run_in_float32(self, draws: Iterable[Draw], *, stopped: Callable[[], bool]) -> Iterator[Made]:
         """The same with the network in float32.
 
         Raises ModelError where memory can't hold that beside the other, and ever after.
         """
         engine = self._exact_engine()
         try:
-            yield from self._whole(engine, draws, dtype="float32")
+            yield from self._whole(engine, draws, stopped, dtype="float32")
         except ModelError as error:
             with self._making:
                 self._exact, self._no_exact = None, str(error)
@@ -78,9 +81,11 @@ class Drawing:
         if self._exact is not None:
             self._exact.close()
 
-    def _whole(self, engine: Engine, draws: Iterable[Draw], *, dtype: str) -> Iterator[Made]:
+    def _whole(
+        self, engine: Engine, draws: Iterable[Draw], stopped: Callable[[], bool], *, dtype: str
+    ) -> Iterator[Made]:
         unfinished: dict[tuple[int, int, int], _Parts] = {}
-        for drawn in engine.run(draws):
+        for drawn in engine.run(draws, stopped=stopped):
             tag: PieceTag = drawn.draw.tag
             place = (tag.prepared.source.offset, tag.variant, drawn.pass_number)
             parts = unfinished.setdefault(place, _Parts())

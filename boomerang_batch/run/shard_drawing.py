@@ -66,7 +66,7 @@ class ShardDrawing:
         Raises ShardError where the shard can't be read, StoppedError, StorageError, and what the engine raises.
         """
         try:
-            for made in self._drawing.run(self._draws()):
+            for made in self._drawing.run(self._draws(), stopped=self._stopped):
                 self._finish(made)
                 self._finished += 1
                 self._progress(self._finished)
@@ -114,7 +114,7 @@ class ShardDrawing:
         """Draw the suspects in float32. Where memory can't hold that they stay refused."""
         suspects, self._suspects = self._suspects, {}
         try:
-            for made in self._drawing.run_in_float32(self._draws_of(suspects)):
+            for made in self._drawing.run_in_float32(self._draws_of(suspects), stopped=self._stopped):
                 if (made.prepared.source.offset, self._transform.number(made)) in suspects:
                     self._finish(made, kept=False, again=True)
                     self._progress(self._finished)
