@@ -78,6 +78,7 @@ def test_what_failed_is_mended_and_is_what_it_would_have_been(
     assert worlds.tree(out) == after
 
 
+@pytest.mark.slow
 def test_what_fails_again_fails_and_what_is_mended_later_is_mended(tmp_path, tiny_model, monkeypatch, manifest):
     recipe = worlds.recipe(tiny_model, purpose="augment")
     out = tmp_path / "out"

@@ -104,6 +104,7 @@ def test_segments_come_every_so_many_samples(tmp_path, tiny_model, monkeypatch):
     assert begin(recipe, manifest, tmp_path / "out", 20, monkeypatch) >= 4
 
 
+@pytest.mark.slow
 def test_no_journal_where_none_is_wanted(tmp_path, tiny_model, monkeypatch, calls):
     manifest = worlds.save_shards(tmp_path / "in", shards=1, samples=SAMPLES)
     recipe = worlds.recipe(tiny_model, "run.journal_every=0", purpose="augment")
@@ -113,6 +114,7 @@ def test_no_journal_where_none_is_wanted(tmp_path, tiny_model, monkeypatch, call
     assert sum(calls) == SAMPLES
 
 
+@pytest.mark.slow
 def test_an_input_that_changed_is_drawn_and_not_restored(tmp_path, tiny_model, monkeypatch):
     """Same keys, other pictures: no manifest that tells digests is needed to notice."""
     recipe = worlds.recipe(tiny_model, purpose="augment")
@@ -152,6 +154,7 @@ def test_under_anonymize_it_holds_no_name_of_the_input(tmp_path, tiny_model, mon
     assert b"s-000" not in segment.read_bytes()
 
 
+@pytest.mark.slow
 def test_repeated_outputs_are_refused_as_if_nothing_had_happened(tmp_path, tiny_model, monkeypatch):
     """One of two twins was kept before the stop, the other comes after it: both must go."""
     recipe = worlds.recipe(tiny_model, purpose="augment")
