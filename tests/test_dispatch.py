@@ -148,6 +148,7 @@ def stage(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(ray_cluster, "ray", ray)
         monkeypatch.setattr(ray_cluster, "leaving", lambda: play.leaving)
         monkeypatch.setattr(dispatch, "_ASK_EVERY_S", 0.0)
+        monkeypatch.setattr(dispatch, "_ASK_S_PER_WORKER", 0.0)
         monkeypatch.setattr(dispatch, "_LOOK_EVERY_S", 0.0)
         recipe = worlds.recipe(tiny_model, "run.step_deadline_s=5", purpose="augment")
         device = "auto" if play.gpus else "cpu"

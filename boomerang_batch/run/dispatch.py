@@ -36,7 +36,10 @@ from boomerang_batch.run.worker import Worker
 _POLL_S = 0.5
 _LOOK_EVERY_S = 2.0
 """How often the cluster is asked for machines that join or leave."""
-_ASK_EVERY_S = 1.0
+_ASK_EVERY_S = 0.2
+"""How often a worker is asked how it is, and as much rarer as there are more: a death counts against a shard only
+if it got no further than before, so what is known of that must not be old."""
+_ASK_S_PER_WORKER = 0.01
 _SILENT_S = 60.0
 """A worker that has not answered for so long is frozen or out of reach; an answer needs no device."""
 _LEAVE_BEFORE_S = 20.0
@@ -312,7 +315,7 @@ class RayPool:
         """Ask every worker at work how it is; one that is in no state to go on is lost."""
         for member in [member for member in self._members if member.loading is None and member.tasks]:
             if member.asked is None:
-                if time.monotonic() - member.asked_at > _ASK_EVERY_S:
+                if time.monotonic() - member.asked_at > _ASK_EVERY_S + _ASK_S_PER_WORKER * len(self._members):
                     member.asked, member.asked_at = member.actor.state.remote(), time.monotonic()
             elif ray.wait([member.asked], timeout=0)[0]:
                 with contextlib.suppress(*DEATHS):  # its tasks' references will tell
