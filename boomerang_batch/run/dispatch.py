@@ -37,8 +37,8 @@ _POLL_S = 0.5
 _LOOK_EVERY_S = 2.0
 """How often the cluster is asked for machines that join or leave."""
 _ASK_EVERY_S = 0.2
-"""How often a worker is asked how it is, and as much rarer as there are more: a death counts against a shard only
-if it got no further than before, so what is known of that must not be old."""
+"""How often a worker is asked how it is, and rarer the more there are: a death counts against a shard only if
+that got no further than before, so what is known of it must not be old."""
 _ASK_S_PER_WORKER = 0.01
 _SILENT_S = 60.0
 """A worker that has not answered for so long is frozen or out of reach; an answer needs no device."""
