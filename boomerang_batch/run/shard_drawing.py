@@ -159,10 +159,10 @@ class ShardDrawing:
         if self._journal is None:
             return False
         found: dict[int, Output] = {}
-        for number, proof in self._transform.proofs(prepared).items():
+        for number in self._transform.output_numbers:
             if not self._task.wants(prepared.source.key, number):
                 continue
-            output = self._journal.find(proof)
+            output = self._journal.find(self._transform.proof(prepared, number))
             if output is None:
                 return False
             found[number] = output
@@ -193,7 +193,7 @@ class ShardDrawing:
         else:
             self._ledger.add(prepared.source, output.row, output.member_key, output.fields, again=again)
             if kept and self._journal is not None:
-                self._journal.add(output, self._transform.proofs(prepared)[number])
+                self._journal.add(output, self._transform.proof(prepared, number))
 
     def _refuse(self, prepared: Prepared, number: int, error: SampleError) -> None:
         for refusal in self._transform.failed_output(prepared, number, error):

@@ -205,20 +205,16 @@ class Transform:
             for number in range(self._recipe.outputs)
         ]
 
-    def proofs(self, prepared: Prepared) -> dict[int, bytes]:
-        """For every output of a sample, by its number, what proves that it was made of it, by this very run.
+    def proof(self, prepared: Prepared, number: int) -> bytes:
+        """What proves that an output, by its number, was made of just this sample and by this very run.
 
         A hash under the noise key: under a secret it tells nothing of the sample.
         """
-        of_what = self._made_by + prepared.fingerprint
-        return {
-            number: hashlib.blake2b(
-                number.to_bytes(4, "little") + of_what,
-                key=prepared.noise_keys[self.variant(number)],
-                digest_size=16,
-            ).digest()
-            for number in range(self._recipe.outputs)
-        }
+        return hashlib.blake2b(
+            number.to_bytes(4, "little") + self._made_by + prepared.fingerprint,
+            key=prepared.noise_keys[self.variant(number)],
+            digest_size=16,
+        ).digest()
 
     def failed_output(self, prepared: Prepared, number: int, error: SampleError) -> Iterator[Refusal]:
         """An output that was drawn but can't be used, or is not wanted.
@@ -245,6 +241,11 @@ class Transform:
         """An output's number, the variant column: passes that are outputs count like variants."""
         passes = self._recipe.passes
         return made.variant * passes.count + made.pass_number - 1 if passes.outputs == "all" else made.variant
+
+    @property
+    def output_numbers(self) -> range:
+        """The numbers of a sample's outputs."""
+        return range(self._recipe.outputs)
 
     def numbers(self, variant: int) -> range:
         """The numbers of a variant's outputs."""
