@@ -15,7 +15,7 @@ from rich.console import Console
 
 from boomerang_batch.cli.status import View, facts_of, line_of, rows_of, screen_of, span
 from boomerang_batch.data.provenance import Marker
-from boomerang_batch.run import progress
+from boomerang_batch.run import markers, progress
 from boomerang_batch.run.jobs.job import Job
 from boomerang_batch.run.progress import Beginning, Looks, Progress, Session, eta_s, images_per_s, read_session
 from boomerang_batch.run.record import RunRecord
@@ -81,8 +81,8 @@ def test_mended_samples_count_as_what_they_are_now(tmp_path: Path):
 
 def test_a_look_reads_only_markers_that_are_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     read: list[str] = []
-    real = progress.read_marker
-    monkeypatch.setattr(progress, "read_marker", lambda out, stem: read.append(stem) or real(out, stem))
+    real = markers.read_marker
+    monkeypatch.setattr(markers, "read_marker", lambda out, stem: read.append(stem) or real(out, stem))
     (tmp_path / "run.json").write_bytes(record("a", "b", "c"))
     (tmp_path / "a_stats.json").write_bytes(marker("a", ok=1))
     looks = Looks(str(tmp_path))

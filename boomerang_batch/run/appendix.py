@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import pyarrow.parquet as pq
 
 from boomerang_batch import storage
 from boomerang_batch.errors import ObjectMissingError, PrivateDirError
-from boomerang_batch.run.commit import MARKER_SUFFIX, PROVENANCE_SUFFIX, read_marker
+from boomerang_batch.run.commit import MARKER_SUFFIX, PROVENANCE_SUFFIX
 from boomerang_batch.run.links import links_url
 from boomerang_batch.run.naming import ORIGINAL
 from boomerang_batch.run.tasks import Task
@@ -38,14 +38,12 @@ def appendices(names: Collection[str]) -> dict[str, list[str]]:
     return {stem: sorted(of_stem, key=_number) for stem, of_stem in found.items()}
 
 
-def current_counts(out: str, counts: Mapping[str, int], of_shard: Sequence[str]) -> dict[str, int]:
-    """Rows by status of a shard whose marker says `counts`, now that it has these appendices."""
+def current_counts(counts: Mapping[str, int], appended: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Rows by status of a shard whose marker says `counts`, now that its appendices' markers say `appended`."""
     current = Counter(counts)
-    for name in of_shard:
-        marker = read_marker(out, name)
-        if marker is not None:
-            current["failed"] -= sum(marker.counts.values()) - marker.counts.get("original", 0)
-            current.update(marker.counts)
+    for more in appended:
+        current["failed"] -= sum(more.values()) - more.get("original", 0)
+        current.update(more)
     return {status: count for status, count in sorted(current.items()) if count}
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 import functools
-import itertools
 import logging
 import threading
 import time
@@ -18,14 +17,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from boomerang_batch import storage
-from boomerang_batch.errors import ConfigError, ManifestError, RunMismatchError, StorageError
+from boomerang_batch.errors import ConfigError, StorageError
 from boomerang_batch.run import journal, lease
-from boomerang_batch.run.appendix import appendices, current_counts, failed_tasks, is_appendix
+from boomerang_batch.run.appendix import failed_tasks, is_appendix
 from boomerang_batch.run.budget import Spending
-from boomerang_batch.run.commit import MARKER_SUFFIX, read_marker
 from boomerang_batch.run.cpus import usable_cpus
-from boomerang_batch.run.keys import KeyRegistry
+from boomerang_batch.run.keys import KeyWatch
 from boomerang_batch.run.lease import Lease
+from boomerang_batch.run.markers import Markers, Told
 from boomerang_batch.run.naming import Naming
 from boomerang_batch.run.record import LOGS_NAME, open_record, read_record
 from boomerang_batch.run.request import (
@@ -37,6 +36,7 @@ from boomerang_batch.run.request import (
     record_homes,
 )
 from boomerang_batch.run.sheet import publish_sheets
+from boomerang_batch.run.survey import survey
 from boomerang_batch.run.tasks import RunReport, RunSpec, ShardReport, Task, WorkerFacts
 from boomerang_batch.run.telemetry import Telemetry
 
@@ -84,8 +84,9 @@ def _execute(
     recipe, out = request.recipe, request.out
     storage.sweep(out)
     there = read_record(out)
+    markers = Markers(out)
     if there is None:
-        _split(request, tasks)  # refuses what another run left, before anything is written
+        survey(out, markers, tasks, recipe.digest)  # refuses what another run left, before anything is written
     stack = there.stack if there else {}
     spec = RunSpec(
         recipe=recipe,
@@ -115,45 +116,55 @@ def _execute(
                 extend=request.extend,
                 accept_stack=request.accept_stack,
             )
-        reports, gave_up = _work(request, pool, tasks, stop)
+        reports, gave_up = _work(request, pool, tasks, markers, stop)
     finally:
         pool.close()
         storage.sweep(out)
     lease.require(out, holding.epoch)
-    report = _close(request, naming, tasks, reports, stopped=stop.is_set())
+    report = _close(request, naming, tasks, reports, markers, stopped=stop.is_set())
     return dataclasses.replace(report, gave_up=gave_up, seconds=round(time.monotonic() - started, 3))
 
 
 def _work(
-    request: RunRequest, pool: Pool, tasks: Sequence[Task], stop: threading.Event
+    request: RunRequest, pool: Pool, tasks: Sequence[Task], markers: Markers, stop: threading.Event
 ) -> tuple[dict[str, ShardReport], str]:
     """Have everything done that storage does not say is done; the reports by name, and why the run gave up."""
-    out, reports, registry = request.out, {}, KeyRegistry()
+    out, reports = request.out, {}
     spending, gave_up = Spending(request.recipe.run.on_error), ""
     stamp, published_at = dt.datetime.now(dt.UTC).strftime("%Y%m%dT%H%M%S.%fZ"), time.monotonic()
-    done, todo = _split(request, tasks)
+    before = survey(out, markers, tasks, request.recipe.digest)
+    todo = [*before.todo]
     if request.only_failed:
-        names = {report.name for report in done if report.counts.get("failed")}
+        names = {report.name for report in before.done if report.counts.get("failed")}
         private = request.private_dir if request.recipe.purpose == "anonymize" else None
         todo += failed_tasks(out, private, [task for task in tasks if task.name in names])
-    with Telemetry(shards=len(tasks), quiet=request.quiet) as telemetry:
+    comparing = request.recipe.identity == "key" and (bool(todo) or not markers.compared)
+    with (
+        Telemetry(shards=len(tasks), quiet=request.quiet) as telemetry,
+        KeyWatch(storage.absolute(out), manifest=request.manifest.name) as keys,
+    ):
+        telemetry.resumed(before.done)
+        for report in before.done if comparing else ():
+            keys.add(report.name)
         try:
-            for report in itertools.chain(done, pool.run(todo, stop=stop, progress=telemetry.images_in_flight)):
+            for report in pool.run(todo, stop=stop, progress=telemetry.images_in_flight):
                 reports[report.name] = report
                 telemetry.shard(report)
+                if report.status == "done":
+                    markers.remember(report.name, Told(request.recipe.digest, report.counts))
                 if time.monotonic() - published_at > _PUBLISH_LOG_EVERY_S:
-                    _publish_log(out, stamp, telemetry)
+                    _publish_logs(out, stamp, telemetry, markers)
                     published_at = time.monotonic()
                 gave_up = gave_up or spending.add(report)
                 if gave_up or report.status == "stopped":  # of itself: another run has taken OUT over
                     stop.set()
-                counted = report.status in ("done", "there") and not is_appendix(report.name)
-                if counted and request.recipe.identity == "key":
-                    repeated = registry.add(out, report.name)
-                    if repeated:
-                        raise ManifestError(f"{request.manifest.name}: {repeated}")
+                if comparing and report.status in ("done", "there") and not is_appendix(report.name):
+                    keys.add(report.name)
+            if comparing and not stop.is_set():
+                keys.finish()
+                markers.compared = True
         finally:
-            _publish_log(out, stamp, telemetry)
+            _publish_logs(out, stamp, telemetry, markers)
     untouched = {task.name: ShardReport(name=task.name, status="left") for task in todo}
     return untouched | reports, gave_up
 
@@ -175,33 +186,16 @@ def _pool(spec: RunSpec, request: RunRequest) -> Pool:
     )
 
 
-def _split(request: RunRequest, tasks: Sequence[Task]) -> tuple[list[ShardReport], list[Task]]:
-    """What storage says is done, and what is left to do.
+def _publish_logs(out: str, stamp: str, telemetry: Telemetry, markers: Markers) -> None:
+    """Keep under OUT/logs the events so far, and what the markers say.
 
-    Raises RunMismatchError for a shard that another recipe made; run.json would tell, but it may be lost.
+    A run that fails for want of space must not fail over its log.
     """
-    out = request.out
-    names = set(storage.list_names(out))
-    more = appendices(names)
-    done, todo = [], []
-    for task in tasks:
-        marker = read_marker(out, task.name) if task.name + MARKER_SUFFIX in names else None
-        if marker is None:
-            todo.append(task)
-        elif marker.recipe_digest != request.recipe.digest:
-            raise RunMismatchError(f"{out} holds shard {task.name} of another recipe; use an empty OUT")
-        else:
-            counts = current_counts(out, marker.counts, more.get(task.name, ()))
-            done.append(ShardReport(name=task.name, status="there", counts=counts))
-    return done, todo
-
-
-def _publish_log(out: str, stamp: str, telemetry: Telemetry) -> None:
-    """Keep the events so far under OUT/logs. A run that fails for want of space must not fail over its log."""
     folder = storage.join(out, LOGS_NAME)
     try:
         storage.make_folder(folder)
         storage.publish_bytes(telemetry.log(), storage.join(folder, f"{stamp}.jsonl"))
+        markers.save()
     except StorageError as error:
         _log.warning("the run's log is lost: %s", error)
 
@@ -211,31 +205,31 @@ def _close(
     naming: Naming,
     tasks: Sequence[Task],
     reports: dict[str, ShardReport],
+    markers: Markers,
     *,
     stopped: bool,
 ) -> RunReport:
     """Count what storage holds now; when nothing is left to do, draw the contact sheets."""
-    done, left = _split(request, tasks)
+    after = survey(request.out, markers, tasks, request.recipe.digest)
     rows: Counter[str] = Counter()
-    for report in done:
+    for report in after.done:
         rows.update(report.counts)
     # Of shards storage tells whether they are done; an appendix that was not made leaves its shard as it was.
     status = {name: report.status for name, report in reports.items()}
-    undone = {task.name for task in left}
+    undone = {task.name for task in after.todo}
     undone |= {name for name, what in status.items() if is_appendix(name) and what not in ("done", "there")}
     quarantined = sorted(name for name in undone if status.get(name) == "quarantined")
     stopped = stopped and len(undone) > len(quarantined)
     if not stopped:
-        publish_sheets(request.recipe, request.out, request.private_dir, naming, tasks, done)
-    committed = [name.removesuffix(MARKER_SUFFIX) for name in storage.list_names(request.out)]
-    journal.sweep(journal.home(request.recipe.purpose, request.out, request.private_dir), committed)
+        publish_sheets(request.recipe, request.out, request.private_dir, naming, tasks, after.done)
+    journal.sweep(journal.home(request.recipe.purpose, request.out, request.private_dir), after.committed)
     made = [name for name, report in reports.items() if report.status == "done"]
     mended = sum(map(is_appendix, made))
     return RunReport(
         out=request.out,
         shards={
             "done": len(made) - mended,
-            "there": len(done) - len(made) + mended,
+            "there": len(after.done) - len(made) + mended,
             "mended": mended,
             "quarantined": len(quarantined),
             "left": len(undone) - len(quarantined),

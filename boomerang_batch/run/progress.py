@@ -1,8 +1,8 @@
 """How far a run is, counted from storage: neither driver nor cluster is asked.
 
-A look lists OUT once and reads the markers it has not read before; a marker never changes, so looking again
-costs what is new. Time comes from the looks themselves, from when the job began, or from the newest log, in
-that order of trust: a shard's images all come to storage in one moment.
+A look lists OUT once and reads the markers it does not know yet, so looking again costs what is new. Time comes
+from the looks themselves, from when the job began, or from the newest log, in that order of trust: a shard's
+images all come to storage in one moment.
 """
 
 from __future__ import annotations
@@ -12,18 +12,17 @@ import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from boomerang_batch import storage
-from boomerang_batch.data.provenance import BAD, Marker
+from boomerang_batch.data.provenance import BAD
 from boomerang_batch.errors import StorageError
-from boomerang_batch.run.appendix import appendices, is_appendix
-from boomerang_batch.run.commit import MARKER_SUFFIX, read_marker
+from boomerang_batch.run.appendix import appendices, current_counts, is_appendix
+from boomerang_batch.run.commit import MARKER_SUFFIX
+from boomerang_batch.run.markers import Markers, Told
 from boomerang_batch.run.record import LOGS_NAME, RunRecord, read_record
 
 _EVENTS_SUFFIX = ".jsonl"
-_READERS = 16
 _SHARDS_TO_TRUST_LOOKS = 3
 
 
@@ -80,7 +79,7 @@ class Looks:
 
     def __init__(self, out: str) -> None:
         self._out = out
-        self._markers: dict[str, Marker] = {}
+        self._markers: Markers | None = None
         self._log: tuple[str, int, Session] = ("", 0, Session())
 
     def look(self) -> Progress:
@@ -93,16 +92,14 @@ class Looks:
         if record is not None:
             stems &= set(record.shards)
         again = itertools.chain.from_iterable(mended.get(stem, ()) for stem in stems)
-        self._read(sorted({*stems, *again} - self._markers.keys()))
-        done = {stem for stem in stems if stem in self._markers and _belongs(self._markers[stem], record)}
+        if self._markers is None:
+            self._markers = Markers(self._out)
+        told = self._markers.read({*stems, *again})
+        done = {stem for stem in stems if stem in told and _belongs(told[stem], record)}
         rows: Counter[str] = Counter()
         for stem in done:
-            rows.update(self._markers[stem].counts)
-            for appendix in mended.get(stem, ()):
-                if appendix in self._markers:
-                    # Each of its rows takes the place of a failed one.
-                    rows["failed"] -= sum(self._markers[appendix].counts.values())
-                    rows.update(self._markers[appendix].counts)
+            appended = (told[name].counts for name in mended.get(stem, ()) if name in told)
+            rows.update(current_counts(told[stem].counts, appended))
         session = self._newest_session() if LOGS_NAME in names else Session()
         return Progress(
             at_s=time.time(),
@@ -112,16 +109,6 @@ class Looks:
             rows={status: count for status, count in sorted(rows.items()) if count},
             session=session,
         )
-
-    def _read(self, stems: Sequence[str]) -> None:
-        """Read markers; one that is torn, or gone again, is looked for anew next time."""
-        with ThreadPoolExecutor(_READERS) as readers:
-            for stem, marker in zip(stems, readers.map(self._marker, stems), strict=True):
-                if marker is not None:
-                    self._markers[stem] = marker
-
-    def _marker(self, stem: str) -> Marker | None:
-        return read_marker(self._out, stem)
 
     def _newest_session(self) -> Session:
         """What the newest log tells; read again only when there is a newer one or it has grown."""
@@ -188,5 +175,5 @@ def eta_s(progress: Progress, rate: float | None) -> float | None:
     return progress.left * (progress.images / progress.done) / rate
 
 
-def _belongs(marker: Marker, record: RunRecord | None) -> bool:
-    return record is None or marker.recipe_digest == record.recipe_digest
+def _belongs(told: Told, record: RunRecord | None) -> bool:
+    return record is None or told.recipe_digest == record.recipe_digest

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -52,6 +54,17 @@ class Telemetry:
     def __exit__(self, *exception: object) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+    def resumed(self, done: Sequence[ShardReport]) -> None:
+        """Earlier runs have done these shards. One event for all: of each its marker tells."""
+        counts = Counter[str]()
+        for report in done:
+            counts.update(report.counts)
+        self._done += len(done)
+        self._failed += sum(count for status, count in counts.items() if status in BAD)
+        if done:
+            self.event("resumed", shards=len(done), counts=dict(counts))
+            self._show()
 
     def images_in_flight(self, task: str, finished: int) -> None:
         """`finished` variants of a shard in work are drawn."""

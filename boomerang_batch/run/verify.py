@@ -28,7 +28,7 @@ from boomerang_batch.run.commit import (
     digest_stream,
     read_marker,
 )
-from boomerang_batch.run.keys import KeyRegistry
+from boomerang_batch.run.keys import KeyRegistry, read_keys
 from boomerang_batch.run.naming import member_key
 from boomerang_batch.run.record import LOGS_NAME, RECORD_NAME, SHEET_NAME, RunRecord, require_record
 
@@ -53,20 +53,21 @@ def verify(out: str, *, deep: bool) -> Verification:
     more = appendices(storage.list_names(out))
     problems = list(_strangers(out, record, more))
     rows: Counter[str] = Counter()
-    done, registry = 0, KeyRegistry()
+    done, registry = 0, KeyRegistry(out)
     for stem in record.shards:
         marker = read_marker(out, stem)
         if marker is None:
             problems.append(f"shard {stem} is not done; run the same command to finish")
             continue
         done += 1
-        rows.update(current_counts(out, marker.counts, more.get(stem, ())))
+        mended = filter(None, (read_marker(out, name) for name in more.get(stem, ())))
+        rows.update(current_counts(marker.counts, (appendix.counts for appendix in mended)))
         if marker.recipe_digest != record.recipe_digest:
             problems.append(f"shard {stem} was made by another recipe")
         try:
             problems += _check_shard(out, stem, marker, recipe, deep=deep)
             problems += _check_appendices(out, stem, more.get(stem, ()), record, recipe, deep=deep)
-            repeated = registry.add(out, stem) if recipe.identity == "key" else None
+            repeated = registry.add(stem, read_keys(out, stem)) if recipe.identity == "key" else None
             problems += [repeated] if repeated else []
         except (StorageError, VerificationError) as error:
             problems.append(f"shard {stem}: {error}")

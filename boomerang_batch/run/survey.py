@@ -1,0 +1,45 @@
+"""What storage says is done of a run, and what is left to do: one listing, and the markers not known yet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from boomerang_batch import storage
+from boomerang_batch.errors import RunMismatchError
+from boomerang_batch.run.appendix import appendices, current_counts
+from boomerang_batch.run.commit import MARKER_SUFFIX
+from boomerang_batch.run.markers import Markers
+from boomerang_batch.run.tasks import ShardReport, Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """One look at OUT."""
+
+    done: Sequence[ShardReport]
+    """Of the shards that are done, with their rows as appendices have mended them."""
+    todo: Sequence[Task]
+    committed: frozenset[str]
+    """Every shard and appendix with a marker."""
+
+
+def survey(out: str, markers: Markers, tasks: Sequence[Task], recipe_digest: str) -> Survey:
+    """Look at OUT now. Raises StorageError, and RunMismatchError for a shard that another recipe made."""
+    names = storage.list_names(out)
+    there = frozenset(name.removesuffix(MARKER_SUFFIX) for name in names if name.endswith(MARKER_SUFFIX))
+    markers.forget_all_but(there)
+    more = appendices(names)
+    wanted = [task.name for task in tasks if task.name in there]
+    told = markers.read([each for name in wanted for each in (name, *more.get(name, ()))])
+    done, todo = [], []
+    for task in tasks:
+        if task.name not in told:
+            todo.append(task)
+        elif told[task.name].recipe_digest != recipe_digest:
+            raise RunMismatchError(f"{out} holds shard {task.name} of another recipe; use an empty OUT")
+        else:
+            appended = [told[name].counts for name in more.get(task.name, ()) if name in told]
+            counts = current_counts(told[task.name].counts, appended)
+            done.append(ShardReport(name=task.name, status="there", counts=counts))
+    return Survey(done=done, todo=todo, committed=there)
