@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,7 +12,7 @@ from boomerang_batch import storage
 from boomerang_batch.data.manifest import load_manifest
 from boomerang_batch.errors import ManifestError, StorageError
 from boomerang_batch.storage.remote import _options
-from boomerang_batch.storage.urls import at_endpoint, split_endpoint, without_secrets
+from boomerang_batch.storage.urls import at_endpoint, lying_in, split_endpoint, without_secrets
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=20)
 ENDPOINT = {"endpoint_url": "https://s3.example.org:8333", "region": "eu-1"}
@@ -101,3 +103,22 @@ def test_what_stands_in_a_variable_for_secrets_is_hidden(monkeypatch, name, hidd
     assert without_secrets("it says canary-canary") == (
         f"it says <{name}>" if hidden else "it says canary-canary"
     )
+
+
+def test_what_lies_in_a_folder_by_name_or_by_link(tmp_path: Path):
+    out, other = tmp_path / "out", tmp_path / "other"
+    for folder in (out / "deep", other):
+        folder.mkdir(parents=True)
+    (out / "real.tar").touch()
+    (other / "link.tar").symlink_to(out / "real.tar")
+    (tmp_path / "linked").symlink_to(out)
+    (out / "away.tar").symlink_to(other / "away.tar")
+    (tmp_path / "output").mkdir()
+    inside = [
+        f"{out}/real.tar", f"{out}/deep/a.tar", f"file://{out}/b.tar", f"{other}/link.tar",
+        f"{tmp_path}/linked/c.tar", f"{other}/../out/d.tar", f"{out}/away.tar",
+    ]  # fmt: skip
+    outside = [f"{other}/a.tar", f"{tmp_path}/output/a.tar", f"{out}/../other/b.tar", "s3://bucket/out/a.tar"]
+    for folder in (str(out), f"file://{out}", f"{tmp_path}/linked"):
+        assert list(lying_in(folder, [*inside, *outside])) == inside
+    assert list(lying_in("s3://b/out", ["s3://b/out/a", "s3://b/output/a", "/b/out/a"])) == ["s3://b/out/a"]

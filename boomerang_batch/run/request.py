@@ -56,12 +56,10 @@ def list_tasks(request: RunRequest, naming: Naming) -> list[Task]:
     entries = request.manifest.shards[: request.limit]
     if not entries:
         raise ManifestError(f"manifest {request.manifest.name} lists no shards")
-    for entry in entries:
-        if storage.lies_in(entry.url, request.out):
-            raise ManifestError(
-                f"{entry.url} lies in OUT ({request.out}) and would be overwritten or published; "
-                "choose another OUT"
-            )
+    for url in storage.lying_in(request.out, (entry.url for entry in entries)):
+        raise ManifestError(
+            f"{url} lies in OUT ({request.out}) and would be overwritten or published; choose another OUT"
+        )
     tasks = [
         Task(
             name=naming.stem(entry.stem),

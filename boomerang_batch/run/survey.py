@@ -39,7 +39,9 @@ def survey(out: str, markers: Markers, tasks: Sequence[Task], recipe_digest: str
         elif told[task.name].recipe_digest != recipe_digest:
             raise RunMismatchError(f"{out} holds shard {task.name} of another recipe; use an empty OUT")
         else:
-            appended = [told[name].counts for name in more.get(task.name, ()) if name in told]
-            counts = current_counts(told[task.name].counts, appended)
+            counts = told[task.name].counts
+            if task.name in more:
+                appended = (told[name].counts for name in more[task.name] if name in told)
+                counts = current_counts(counts, appended)
             done.append(ShardReport(name=task.name, status="there", counts=counts))
     return Survey(done=done, todo=todo, committed=there)

@@ -33,9 +33,8 @@ def create(final: Path, content: BinaryIO) -> None:
 
 def sweep(folder: Path) -> None:
     """Remove unfinished files that dead processes of this machine left."""
-    for path in folder.iterdir():
-        if not is_temporary(path.name):
-            continue
+    for name in filter(is_temporary, os.listdir(folder)):  # noqa: PTH208 (of many files, few)
+        path = folder / name
         owner = path.name.removesuffix(_TEMPORARY_SUFFIX).rsplit("@", 1)[-1]
         # Host names may hold hyphens themselves, and one may be the beginning of another.
         host, _, process = owner.rpartition("-")[0].rpartition("-")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from urllib.parse import parse_qsl, urlencode
 
@@ -39,12 +40,18 @@ def join(base: str, *names: str) -> str:
     return root + "/".join(names)
 
 
-def lies_in(url: str, folder: str) -> bool:
-    """Whether `url` is below `folder`, by its name or by what its links lead to."""
-    if is_local(url) and is_local(folder):
-        path, root = local_path(url), local_path(folder).resolve()
-        return any(place.is_relative_to(root) for place in (path.parent.resolve(), path.resolve()))
-    return url.startswith(join(folder, ""))
+def lying_in(folder: str, urls: Iterable[str]) -> Iterator[str]:
+    """Those of `urls` that are below `folder`, by their names or by what their links lead to."""
+    if not is_local(folder):
+        yield from (url for url in urls if url.startswith(join(folder, "")))
+        return
+    root = os.path.join(os.path.realpath(local_path(folder)), "")  # noqa: PTH118
+    resolved = functools.cache(os.path.realpath)  # many shards, few folders
+    for url in filter(is_local, urls):
+        path = url.removeprefix("file://")
+        inside = f"{resolved(os.path.dirname(path))}/".startswith(root)  # noqa: PTH120 (Paths are slow)
+        if inside or (os.path.islink(path) and os.path.realpath(path).startswith(root)):  # noqa: PTH114
+            yield url
 
 
 def at_endpoint(url: str, endpoint: Mapping[str, str]) -> str:
