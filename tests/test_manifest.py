@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from boomerang_batch.data.manifest import build_manifest, check_manifest, load_manifest
+from boomerang_batch.data.manifest import load_manifest
+from boomerang_batch.data.manifest_build import build_manifest, check_manifest
 from boomerang_batch.data.shards import write_shard
 from boomerang_batch.errors import ManifestError, StorageError
 

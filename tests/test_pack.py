@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from boomerang_batch.data.manifest import check_manifest, load_manifest
+from boomerang_batch.data.manifest import load_manifest
+from boomerang_batch.data.manifest_build import check_manifest
 from boomerang_batch.data.pack import pack_folder
 from boomerang_batch.data.shards import read_samples
 from boomerang_batch.errors import ConfigError

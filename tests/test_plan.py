@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import tracemalloc
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import pytest
 from click.testing import CliRunner
 
 from boomerang_batch.cli import main
-from boomerang_batch.data.manifest import build_manifest, load_manifest
+from boomerang_batch.data.manifest import load_manifest
+from boomerang_batch.data.manifest_build import build_manifest
 from boomerang_batch.errors import ConfigError, ManifestError
+from boomerang_batch.run import plan as plan_module
 from boomerang_batch.run.plan import Plan, Probe, load_plan, make_plan
 from tests import worlds
 
@@ -75,14 +78,26 @@ def planned(recipe, manifest, **options) -> Plan:
 
 
 @pytest.mark.parametrize("purpose", ["anonymize", "augment"])
-def test_a_probe_is_of_whole_batches_and_leaves_nothing(tmp_path, tiny_model, manifest, purpose):
+def test_a_probe_is_of_whole_batches_and_leaves_nothing(
+    tmp_path, tiny_model, manifest, purpose, monkeypatch: pytest.MonkeyPatch
+):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    used: list[Path] = []
+    real = plan_module._probe
+    monkeypatch.setattr(
+        plan_module, "_probe", lambda *words, **options: used.append(words[2]) or real(*words, **options)
+    )
     recipe = worlds.recipe(tiny_model, "variants=3", purpose=purpose)
     plan = planned(recipe, manifest, samples=10)
     assert plan.probe.outputs == 33  # 11 samples: 32 outputs would be eight batches of 4
     assert plan.probe.samples == 11
     assert plan.probe.evaluations == 33 * 4
     assert plan.probe.failed == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    assert [path.parent for path in used] == [scratch]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "scratch"]
+    assert list(scratch.iterdir()) == []
 
 
 def test_samples_of_a_manifest_that_tells_are_counted_and_of_others_guessed(tmp_path, tiny_model, manifest):

@@ -18,7 +18,7 @@ def build(shards: tuple[str, ...], out: str) -> None:
 
     Reads every byte once and records sizes, sample counts and digests.
     """
-    from boomerang_batch.data.manifest import build_manifest
+    from boomerang_batch.data.manifest_build import build_manifest
 
     built = build_manifest(list(shards), out)
     samples = sum(entry.samples or 0 for entry in built.shards)
@@ -30,7 +30,8 @@ def build(shards: tuple[str, ...], out: str) -> None:
 @click.pass_context
 def check(context: click.Context, manifest: str) -> None:
     """Check that every shard of MANIFEST is there, is what it says, and repeats no key."""
-    from boomerang_batch.data.manifest import check_manifest, load_manifest
+    from boomerang_batch.data.manifest import load_manifest
+    from boomerang_batch.data.manifest_build import check_manifest
 
     loaded = load_manifest(manifest)
     problems = check_manifest(loaded)

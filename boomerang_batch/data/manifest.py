@@ -1,8 +1,7 @@
 """Manifests: which shards a run reads, as YAML, JSON Lines or Parquet.
 
 A manifest is resolved to one entry per shard, sorted by stem, so that the order it was written in never
-matters. Relative paths are relative to the manifest's own folder. `build_manifest` measures shards and writes
-what it found down; `check_manifest` measures again and compares. Columns: manifests/README.md.
+matters. Relative paths are relative to the manifest's own folder. Columns: manifests/README.md.
 """
 
 from __future__ import annotations
@@ -11,13 +10,10 @@ import difflib
 import glob
 import hashlib
 import json
-import logging
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -26,16 +22,13 @@ from braceexpand import braceexpand
 
 from boomerang_batch import shipped, storage
 from boomerang_batch.config import strict_yaml
-from boomerang_batch.data.scan import contradictions, scan_shard
-from boomerang_batch.errors import ManifestError, StorageError
-
-logger = logging.getLogger(__name__)
+from boomerang_batch.errors import ManifestError
 
 FORMAT_VERSION = 1
 SUFFIXES = (".yaml", ".yml", ".jsonl", ".parquet")
 
 _COLUMNS = {"url": str, "id": str, "bytes": int, "samples": int, "digest": str}
-_ARROW_COLUMNS = pa.schema(
+ARROW_COLUMNS = pa.schema(
     [(name, pa.int64() if kind is int else pa.string()) for name, kind in _COLUMNS.items()],
     metadata={"format_version": str(FORMAT_VERSION)},
 )
@@ -81,7 +74,7 @@ def load_manifest(ref: str) -> Manifest:
     StorageError when it can't be read.
     """
     url = str(shipped.named("manifests", ref) or shipped.resolve(ref))
-    suffix = _suffix(url)
+    suffix = suffix_of(url)
     endpoint: Mapping[str, str] = {}
     if suffix == ".parquet":
         name, items = _file_stem(url), _read_parquet(url)
@@ -95,68 +88,18 @@ def load_manifest(ref: str) -> Manifest:
         else:
             name, items = _file_stem(url), _read_jsonl(url, text)
     entries = [
-        entry for place, item in items for entry in _resolve(item, _folder(url), f"{url}: {place}", endpoint)
+        entry for place, item in items for entry in _resolve(item, folder_of(url), f"{url}: {place}", endpoint)
     ]
     return Manifest(name=name, shards=_unique(entries, url))
 
 
-def build_manifest(patterns: Sequence[str], out: str) -> Manifest:
-    """Measure shards (paths, brace ranges, globs, URLs) and write the manifest `out`, Parquet or JSON Lines.
+def find_shards(patterns: Sequence[str], folder: str) -> tuple[ShardEntry, ...]:
+    """The shards that paths, brace ranges, globs or URLs stand for, relative ones in `folder`, sorted by stem.
 
-    Shards in or below the folder of `out` are written relative to it. What can't be read in a shard is logged
-    as a warning and not counted; a run would report it sample by sample.
+    Raises ManifestError for a pattern that matches nothing, and for shards that can't be in one manifest.
     """
-    if _suffix(out) not in (".parquet", ".jsonl"):
-        raise ManifestError(f"{out}: a built manifest is .parquet or .jsonl")
-    here = str(Path.cwd())
-    found = [entry for pattern in patterns for entry in _resolve({"url": pattern}, here, pattern)]
-    rows = []
-    for entry in _unique(found, "the patterns given"):
-        measured = scan_shard(entry.url)
-        for problem in measured.problems:
-            logger.warning("%s", problem)
-        rows.append(
-            {
-                "url": entry.url.removeprefix(_folder(out) + "/"),
-                "id": entry.stem,
-                "bytes": measured.size_bytes,
-                "samples": len(measured.keys),
-                "digest": measured.digest,
-            }
-        )
-    with tempfile.TemporaryDirectory(prefix="manifest-") as folder:
-        built = Path(folder) / "built"
-        if _suffix(out) == ".parquet":
-            pq.write_table(pa.Table.from_pylist(rows, schema=_ARROW_COLUMNS), built, compression="zstd")
-        else:
-            built.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        storage.publish(built, out)
-    return load_manifest(out)
-
-
-def check_manifest(manifest: Manifest) -> list[str]:
-    """Read every shard and compare: problems as sentences naming shard and fix, none when all is well."""
-    problems: list[str] = []
-    seen: dict[bytes, str] = {}
-    for entry in manifest.shards:
-        try:
-            measured = scan_shard(entry.url)
-        except (StorageError, OSError) as error:
-            problems.append(f"{error}; correct the URL or take the shard out")
-            continue
-        problems += measured.problems
-        wrong = contradictions(measured, size_bytes=entry.size_bytes, digest=entry.digest)
-        if entry.samples not in (None, len(measured.keys)):
-            wrong.append(f"samples is {len(measured.keys)}, the manifest says {entry.samples}")
-        fix = "restore the shard, or build the manifest anew"
-        problems += [f"{entry.url}: {claim}; {fix}" for claim in wrong]
-        for key in measured.keys:
-            short = hashlib.blake2b(key.encode(), digest_size=12).digest()
-            if short in seen:
-                fix = "rename one, or set identity: shard+key in the recipe"
-                problems.append(f"{entry.url}: key {key} is also in shard {seen[short]}; {fix}")
-            seen.setdefault(short, entry.stem)
-    return problems
+    found = [entry for pattern in patterns for entry in _resolve({"url": pattern}, folder, pattern)]
+    return _unique(found, "the patterns given")
 
 
 def _read_yaml(url: str, text: str) -> tuple[str, list[tuple[str, Any]], Mapping[str, str]]:
@@ -300,7 +243,8 @@ def _stem_of(url: str, place: str) -> str:
     return stem
 
 
-def _suffix(url: str) -> str:
+def suffix_of(url: str) -> str:
+    """A manifest's suffix, one of SUFFIXES. Raises ManifestError for a name that has none of them."""
     suffix = next((suffix for suffix in SUFFIXES if url.endswith(suffix)), None)
     if suffix is None:
         known = ", ".join(shipped.names("manifests"))
@@ -313,7 +257,7 @@ def _file_stem(url: str) -> str:
     return url.rpartition("/")[2].rpartition(".")[0]
 
 
-def _folder(url: str) -> str:
+def folder_of(url: str) -> str:
     """The folder of a file; of a local one absolute, because workers may run in another."""
     if storage.is_local(url):
         return os.path.dirname(os.path.abspath(storage.local_path(url)))  # noqa: PTH100, PTH120 (keep links)
