@@ -17,7 +17,7 @@ import pytest
 from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError
 
 from boomerang_batch.errors import BoomerangError, ModelError, StoppedError, StorageError
-from boomerang_batch.run import dispatch, ray_cluster
+from boomerang_batch.run import crew, member, ray_cluster
 from boomerang_batch.run.dispatch import RayPool
 from boomerang_batch.run.tasks import RunSpec, ShardReport, Task, WorkerFacts, WorkerState
 from tests import worlds
@@ -96,6 +96,8 @@ class Play:
     """What every worker answers when asked how far it is."""
     state: Callable[[Actor], WorkerState] | None = None
     """What a worker answers when asked how it is, if more than its progress."""
+    now: float = 0.0
+    """Seconds on the clock of a play in `hours`."""
     leaving: dict[str, float] = field(default_factory=dict)
     """Seconds left, by machine; each worker has a machine of its own name."""
     gpus: int = 0
@@ -118,6 +120,7 @@ class Play:
     def wait(self, calls: Sequence[Call], *, num_returns: int = 1, timeout: float | None) -> tuple[list, list]:
         assert timeout is not None, "a wait that nothing can end"
         ready = next((call for call in calls if call.settle()), None)
+        self.now += timeout if ready is None else 0.0
         return ([], list(calls)) if ready is None else ([ready], [call for call in calls if call is not ready])
 
     def get(self, call: Call) -> Any:
@@ -136,21 +139,21 @@ def done(actor: Actor, task: Task) -> ShardReport:
 def stage(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., RayPool]:
     """A pool on a play."""
 
-    def build(play: Play, *, workers: int | None = 1, max_attempts: int = 3) -> RayPool:
+    def build(play: Play, *overrides: str, workers: int | None = 1, max_attempts: int = 3) -> RayPool:
         ray = SimpleNamespace(
             is_initialized=lambda: True,
             cluster_resources=lambda: {"GPU": play.gpus},
+            available_resources=dict,
             wait=play.wait,
             get=play.get,
             kill=play.kill,
         )
-        monkeypatch.setattr(dispatch, "ray", ray)
         monkeypatch.setattr(ray_cluster, "ray", ray)
         monkeypatch.setattr(ray_cluster, "leaving", lambda: play.leaving)
-        monkeypatch.setattr(dispatch, "_ASK_EVERY_S", 0.0)
-        monkeypatch.setattr(dispatch, "_ASK_S_PER_WORKER", 0.0)
-        monkeypatch.setattr(dispatch, "_LOOK_EVERY_S", 0.0)
-        recipe = worlds.recipe(tiny_model, "run.step_deadline_s=5", purpose="augment")
+        monkeypatch.setattr(member, "_ASK_EVERY_S", 0.0)
+        monkeypatch.setattr(member, "_ASK_S_PER_WORKER", 0.0)
+        monkeypatch.setattr(crew, "_LOOK_EVERY_S", 0.0)
+        recipe = worlds.recipe(tiny_model, "run.step_deadline_s=5", *overrides, purpose="augment")
         device = "auto" if play.gpus else "cpu"
         spec = RunSpec(recipe=recipe, out=str(tmp_path), private_dir=None, device=device, threads=1, epoch=1)
         return RayPool(spec, address="local", workers=workers, max_attempts=max_attempts, worker=play)
@@ -409,7 +412,7 @@ def test_a_shard_that_hangs_every_device_is_quarantined(stage):
 
 
 def test_a_worker_that_does_not_answer_is_replaced(stage, monkeypatch):
-    monkeypatch.setattr(dispatch, "_SILENT_S", 0.05)
+    monkeypatch.setattr(member, "_SILENT_S", 0.05)
 
     def run(actor, task):
         if actor.number == 0:
@@ -537,3 +540,156 @@ def test_workers_that_can_never_load_are_not_hired_without_end(stage):
     play = Play(run=slowly(20), load=load, gpus=4)
     assert len(work(stage(play, workers=None), *"abcdef")) == 6
     assert len(play.actors) <= 7
+
+
+# --- workers that are waited for ---
+
+
+@pytest.fixture
+def hours(stage, monkeypatch: pytest.MonkeyPatch) -> Callable[..., RayPool]:
+    """A pool whose time passes only while it waits in vain, half a second each, so that hours cost nothing."""
+
+    def build(play: Play, *overrides: str, **options: Any) -> RayPool:
+        pool = stage(play, *overrides, **options)
+        clock = SimpleNamespace(monotonic=lambda: play.now)
+        for module in (crew, member):
+            monkeypatch.setattr(module, "time", clock)
+        return pool
+
+    return build
+
+
+def never(actor: Actor) -> Any:
+    raise NotYetError
+
+
+def test_waiting_for_gpus_is_told_and_ends_in_time(hours, caplog):
+    play = Play(run=done, load=never, state=never, gpus=2)
+    with pytest.raises(StoppedError) as error:
+        work(hours(play, "run.start_timeout_s=300", workers=4), "a")
+    standing = "0 of 4 workers have started; the cluster has 2 GPUs, 0 of them free"
+    assert str(error.value) == (
+        f"no worker was ready within 300 s (run.start_timeout_s): {standing}; run the same command to try again"
+    )
+    told = [record for record in caplog.messages if record.startswith(f"waiting for GPUs: {standing}")]
+    assert len(told) == 5  # after 20 s, and every minute
+    assert play.killed == []  # however silent: they have no process that could answer
+
+
+def test_a_first_worker_is_waited_for_for_ever_by_default(hours, caplog):
+    def load(actor):
+        return FACTS if play.now > 90_000 else never(actor)
+
+    play = Play(run=done, load=load, state=never, gpus=1)
+    assert work(hours(play), "a")["a"].status == "done"
+    assert len(play.actors) == 1
+    assert 1400 < caplog.text.count("waiting for GPUs") <= 1500
+
+
+@pytest.mark.parametrize("gpus", [0, 2])
+def test_nobody_waits_for_gpus_who_has_one_or_needs_none(hours, caplog, gpus):
+    """They load, or are about to: that has a deadline of its own."""
+    play = Play(run=done, load=never, state=never if gpus == 0 else None, gpus=gpus)
+    with pytest.raises(StoppedError, match=f"{gpus} of 2 workers have started; run the same"):
+        work(hours(play, "run.start_timeout_s=300", workers=2), "a")
+    assert "waiting" not in caplog.text
+
+
+def test_who_waits_for_gpus_after_all_are_lost_is_told_too(hours, caplog):
+    def load(actor):
+        return FACTS if actor.number == 0 or play.now > 100 else never(actor)
+
+    def run(actor, task):
+        if actor.number == 0:
+            raise DIE
+        return done(actor, task)
+
+    play = Play(run=run, load=load, state=never, gpus=1)
+    assert work(hours(play), "a")["a"].status == "done"
+    assert caplog.text.count("waiting for GPUs: 0 of 1 workers have started") == 2
+
+
+def test_while_some_work_others_wait_for_gpus_without_a_word(hours, caplog):
+    def run(actor, task):
+        return done(actor, task) if play.now > 200 else never(actor)
+
+    play = Play(run=run, gpus=1)
+    play.load = lambda actor: FACTS if actor.number == 0 else never(actor)
+    play.state = lambda actor: WorkerState() if actor.number == 0 else never(actor)
+    assert len(work(hours(play, workers=2), *"abcd")) == 4
+    assert "waiting" not in caplog.text
+    assert len(play.actors) == 2
+
+
+def test_a_worker_that_takes_too_long_to_load_is_replaced(hours, caplog):
+    def load(actor):
+        return never(actor) if actor.number == 0 else FACTS
+
+    play = Play(run=done, load=load, state=lambda actor: WorkerState(loading_s=play.now))
+    assert work(hours(play, "run.load_deadline_s=7000"), "a")["a"].status == "done"
+    assert [actor.number for actor in play.killed][:1] == [0]
+    assert "it was loading the model for 7001 s (run.load_deadline_s: 7000)" in caplog.text
+    assert 7000 <= play.now < 7010
+
+
+def test_a_worker_that_freezes_while_it_loads_is_replaced(hours, caplog):
+    def load(actor):
+        return never(actor) if actor.number == 0 else FACTS
+
+    def state(actor):
+        return WorkerState() if play.now < 1000 else never(actor)
+
+    play = Play(run=done, load=load, state=state)
+    assert work(hours(play), "a")["a"].status == "done"
+    assert [actor.number for actor in play.killed][:1] == [0]
+    assert "no answer from it for 60 s" in caplog.text
+    assert 1060 <= play.now < 1070
+
+
+def test_when_every_worker_hangs_loading_the_run_says_so(hours):
+    began: dict[int, float] = {}
+
+    def state(actor):
+        return WorkerState(loading_s=play.now - began.setdefault(actor.number, play.now))
+
+    play = Play(run=done, load=never, state=state)
+    with pytest.raises(
+        BoomerangError, match="in a row could not load the model, the last because it was loading"
+    ):
+        work(hours(play), "a")
+    assert play.now < 3 * 3600 + 60  # though each hour apart
+
+
+def test_a_worker_that_hangs_loading_while_others_work_is_replaced(hours):
+    def load(actor):
+        return never(actor) if actor.number == 1 else FACTS
+
+    def run(actor, task):
+        if task.name == "a" and not any(other.number == 1 for other in play.killed):
+            raise NotYetError
+        return done(actor, task)
+
+    def state(actor):
+        return WorkerState(loading_s=play.now if actor.number == 1 else 0.0)
+
+    play = Play(run=run, load=load, state=state)
+    assert len(work(hours(play, workers=2), "a", *"bcdef")) == 6
+    assert play.killed[0].number == 1
+    assert len(play.actors) == 3
+
+
+def test_a_question_from_before_a_worker_had_a_process_is_not_held_against_it(hours):
+    looks: list[float] = []
+
+    def load(actor):
+        return FACTS if play.now > 1000 else never(actor)
+
+    def state(actor):
+        if play.now > 1000:
+            looks.append(play.now)
+        return never(actor) if len(looks) < 4 else WorkerState()
+
+    play = Play(run=slowly(8), load=load, state=state, gpus=1)
+    assert work(hours(play), "a")["a"].status == "done"
+    assert len(looks) >= 4
+    assert len(play.actors) == 1

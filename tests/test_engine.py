@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from boomerang_batch.diffusion import watched
 from boomerang_batch.diffusion.boomerang import KeyedNoise, boomerang
 from boomerang_batch.diffusion.denoiser import Condition
 from boomerang_batch.diffusion.engine import Draw, Drawn, Engine, Region
@@ -386,6 +389,24 @@ def test_the_fullest_shape_goes_first(make):
     results = list(make(model).run(draw(i, size=(SIZE, 12)[i % 2]) for i in range(32)))
     check(results, {i: alone(i, size=(SIZE, 12)[i % 2]) for i in range(32)})
     assert len(model.calls) <= 1.25 * 8 * walk_at(10).n
+
+
+def test_a_device_counts_as_stalled_by_the_step_it_is_at_and_not_by_its_round(make, monkeypatch):
+    """Slow encoders of many images would look hung otherwise."""
+    clock, seen = [0.0], []
+    monkeypatch.setattr(watched, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    model = Tiny(latent=True)
+
+    def slow(method: str, shape: torch.Size) -> None:
+        begun = engine.stalled_s
+        clock[0] += 100
+        seen.append((method, begun, engine.stalled_s))
+
+    model.fault = slow
+    engine = make(model)
+    assert len(list(engine.run(draw(i) for i in range(2 * BATCH)))) == 2 * BATCH
+    assert {(begun, ended) for _, begun, ended in seen} == {(0.0, 100.0)}
+    assert Counter(method for method, *_ in seen)["encode"] == 2 * BATCH
 
 
 # --- latents ---

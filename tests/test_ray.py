@@ -23,7 +23,8 @@ import ray
 
 from boomerang_batch.config.pipeline import Recipe
 from boomerang_batch.data.manifest import Manifest, load_manifest
-from boomerang_batch.errors import ModelError
+from boomerang_batch.errors import ModelError, StoppedError
+from boomerang_batch.run import crew
 from boomerang_batch.run.dispatch import RayPool
 from boomerang_batch.run.tasks import RunSpec, ShardReport, Task
 from boomerang_batch.run.verify import verify
@@ -149,6 +150,65 @@ def test_a_poisoned_shard_is_quarantined_and_its_neighbours_are_not(
     assert sorted(path.name for path in out.glob("*_stats.json")) == [
         f"s-{number:03d}_stats.json" for number in (0, 1, 3, 4)
     ]
+
+
+def test_waiting_for_gpus_is_told_and_ends_with_the_start_timeout(
+    tmp_path: Path,
+    tiny_model: Path,
+    cluster: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    @ray.remote(num_gpus=2, num_cpus=0)
+    class Other:
+        """Somebody else's, who has all GPUs."""
+
+        def there(self) -> bool:
+            return True
+
+    other = Other.remote()
+    assert ray.get(other.there.remote())
+    manifest = load_manifest(str(worlds.save_shards(tmp_path / "in", shards=2, samples=2)))
+    recipe = worlds.recipe(tiny_model, "run.start_timeout_s=4", purpose="augment")
+    standing = "0 of 3 workers have started; the cluster has 2 GPUs, 0 of them free"
+    monkeypatch.setattr(crew, "_TELL_AFTER_S", 1.0)
+    with pytest.raises(StoppedError, match=standing):
+        run_pool(tmp_path / "out", recipe, manifest, workers=3, worker=Worker)
+    assert caplog.text.count(f"waiting for GPUs: {standing}") == 1
+
+    # Who waits gets the GPUs as soon as there are any.
+    threading.Timer(4.0, ray.kill, [other]).start()
+    recipe = worlds.recipe(tiny_model, purpose="augment")
+    reports = run_pool(tmp_path / "later", recipe, manifest, workers=2, worker=Worker)
+    assert [report.status for report in reports.values()] == ["done"] * 2
+
+
+def test_a_worker_that_hangs_while_it_loads_is_replaced(
+    tmp_path: Path, tiny_model: Path, cluster: None, caplog: pytest.LogCaptureFixture
+):
+    hung = tmp_path / "hung"
+
+    class Away:
+        """What is read from a file system that is away."""
+
+        @property
+        def recipe(self):
+            hung.touch()
+            time.sleep(600)
+
+    class Hanging(WorkerClass):
+        """The real worker, but the first of them hangs while it loads."""
+
+        def load(self):
+            if not hung.exists():
+                self._spec = Away()
+            return super().load()
+
+    manifest = load_manifest(str(worlds.save_shards(tmp_path / "in", shards=2, samples=2)))
+    recipe = worlds.recipe(tiny_model, "run.load_deadline_s=30", purpose="augment")
+    reports = run_pool(tmp_path / "out", recipe, manifest, workers=1, worker=actor(Hanging))
+    assert [report.status for report in reports.values()] == ["done"] * 2
+    assert "it was loading the model for" in caplog.text
 
 
 @pytest.mark.timeout(1800)

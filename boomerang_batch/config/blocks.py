@@ -238,6 +238,12 @@ class RunOptions(Block):
 
     workers: int | None = Field(None, ge=1, description="Ray actors; null: one per GPU, else one")
     max_attempts: int = Field(3, ge=1, description="attempts of a shard before it is quarantined")
+    start_timeout_s: float | None = Field(
+        None, gt=0, description="seconds within which a first Ray worker must be ready; null: for ever"
+    )
+    load_deadline_s: float = Field(
+        3600.0, gt=0, description="seconds to load the model before a Ray worker counts as hung"
+    )
     step_deadline_s: float = Field(
         900.0, gt=0, description="seconds for one network call before a Ray worker's device counts as hung"
     )

@@ -90,6 +90,8 @@ FEATURES: Mapping[str, Feature] = {
         "description",
         "run.workers",
         "run.max_attempts",
+        "run.start_timeout_s",
+        "run.load_deadline_s",
         "run.step_deadline_s",
         "run.journal_every",
         "run.on_error.max_failed_samples",

@@ -28,6 +28,7 @@ from boomerang_batch.diffusion.slot_groups import SlotGroups
 from boomerang_batch.diffusion.slots import Slots
 from boomerang_batch.diffusion.streams import Drawn, Stream
 from boomerang_batch.diffusion.threads import use_threads
+from boomerang_batch.diffusion.watched import Watched
 from boomerang_batch.errors import ModelError
 
 __all__ = ["Draw", "Drawn", "Engine", "Region", "Walk", "Window"]
@@ -68,18 +69,18 @@ class Engine:
         self._encode_batch = encode_batch
         self._threads = torch.get_num_threads() if threads is None else threads
         self._elastic = elastic
+        self._watched = Watched(denoiser)
         self._groups = SlotGroups(
-            denoiser,
+            self._watched,
             batch_size=batch_size,
             device=self.device,
             order=order,
             encode_batch=encode_batch,
             elastic=elastic,
         )
-        self._outbox = Outbox(denoiser, decode_batch=encode_batch, device=self.device)
+        self._outbox = Outbox(self._watched, decode_batch=encode_batch, device=self.device)
         self._streams: list[Stream] = []
         self._iteration_s = self._patience_s = _LONGEST_WAIT_S
-        self._round_began: float | None = None
         self._busy_s = 0.0
         self._evaluations = 0
         self._changed = threading.Condition()
@@ -94,9 +95,8 @@ class Engine:
 
     @property
     def stalled_s(self) -> float:
-        """How long the device has been at the round it is at; 0 while it waits for draws."""
-        began = self._round_began
-        return 0.0 if began is None else time.monotonic() - began
+        """How long the device has been at the step it is at; 0 while it waits for draws."""
+        return self._watched.stalled_s
 
     @property
     def totals(self) -> dict[str, float]:
@@ -189,7 +189,7 @@ class Engine:
             return False
         with self._changed:
             dry = all(stream.exhausted and not stream.waiting for stream in self._streams)
-        self._round_began = time.monotonic()
+        self._watched.next_step()
         finished = self._groups.admit(taken, dry=dry)
         idle = not self._groups.busy
         started = time.monotonic()
@@ -204,7 +204,7 @@ class Engine:
             spent_s = sending - started + time.monotonic() - receiving
             self._iteration_s = min(spent_s, _LONGEST_WAIT_S)
             self._busy_s += spent_s
-        self._round_began = None
+        self._watched.rest()
         return True
 
     def _take(self) -> dict[Slots, list[Draw]] | None:

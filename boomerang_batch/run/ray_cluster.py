@@ -8,6 +8,7 @@ import secrets
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -45,9 +46,27 @@ def connect(address: str) -> bool:
     return True
 
 
+def leave() -> None:
+    """Leave a cluster, and end it if it is ours."""
+    ray.shutdown()
+
+
+def end(actor: Any) -> None:
+    """Kill a worker, whatever it is at."""
+    ray.kill(actor)
+
+
 def gpus() -> int:
     """GPUs of all machines that are there now, busy ones too."""
     return int(ray.cluster_resources().get("GPU", 0))
+
+
+def offer(resource: str) -> str:
+    """What there is of a resource, GPU or CPU, for people."""
+    total, free = (
+        int(found.get(resource, 0)) for found in (ray.cluster_resources(), ray.available_resources())
+    )
+    return f"the cluster has {total} {resource}s, {free} of them free"
 
 
 def leaving() -> dict[str, float]:
@@ -61,6 +80,12 @@ def leaving() -> dict[str, float]:
         return {}
     # Without a deadline of its own a machine leaves when Ray finds it idle.
     return {node: (at_ms / 1000 - time.time() if at_ms else 0.0) for node, at_ms in deadlines.items()}
+
+
+def answered(references: Sequence[Any], *, timeout_s: float) -> list[Any]:
+    """Those calls that have an answer, once there is one or time is over; more may have one by then."""
+    ready, _ = ray.wait(list(references), num_returns=1, timeout=timeout_s)
+    return list(ready)
 
 
 def answer(reference: Any) -> Any:
@@ -84,5 +109,6 @@ def why(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says."""
-    return str(error).strip().partition("\n")[0]
+    """The first line of what an error says; of one that a worker raised without Ray's traceback."""
+    said = error.cause if isinstance(error, RayTaskError) else error
+    return str(said).strip().partition("\n")[0]

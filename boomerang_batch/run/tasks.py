@@ -65,6 +65,8 @@ class WorkerState:
 
     finished: Mapping[str, int] = field(default_factory=dict)
     """Outputs finished so far, by task in flight."""
+    loading_s: float = 0.0
+    """How long it has been loading the model; 0 before and after."""
     stalled_s: float = 0.0
     """How long its device has been at the step it is at; 0 between steps."""
     node: str = ""

@@ -8,6 +8,7 @@ constructor, because an error in a constructor reaches the driver only as a dead
 from __future__ import annotations
 
 import threading
+import time
 
 import ray
 
@@ -23,6 +24,7 @@ class Worker:
     def __init__(self, spec: RunSpec) -> None:
         self._spec = spec
         self._runner: Runner | None = None
+        self._load_began: float | None = None
         self._stop = threading.Event()
         self._finished: dict[str, int] = {}
         self._metrics = Exporter()
@@ -31,7 +33,9 @@ class Worker:
     def load(self) -> WorkerFacts:
         """Load the model, once. Raises what the runner raises."""
         if self._runner is None:
+            self._load_began = time.monotonic()
             self._runner = Runner(self._spec)
+            self._load_began = None
         return self._runner.facts
 
     @ray.method(concurrency_group="work")
@@ -54,8 +58,10 @@ class Worker:
         """How it is. Exports its metrics too."""
         if self._runner is not None:
             self._metrics.export(self._runner.totals)
+        began = self._load_began
         return WorkerState(
             finished=dict(self._finished),
+            loading_s=0.0 if began is None else time.monotonic() - began,
             stalled_s=0.0 if self._runner is None else self._runner.stalled_s,
             node=ray.get_runtime_context().get_node_id(),
         )
