@@ -13,7 +13,7 @@
     ├── ShardError                 exit 1   a shard that can't be processed at all
     ├── SampleError                exit 3   one sample that can't be processed: becomes a provenance row
     ├── VerificationError          exit 1   an output that is not what its records say
-    └── StoppedError               exit 75  asked to stop, or no worker came; what is committed stays, it can resume
+    └── StoppedError               exit 75  asked to stop, or no worker came; what is committed stays
         └── LeaseError                      another run holds OUT, or has taken it over
 
 The command line catches `BoomerangError` alone, prints its message and exits with its code; anything else is

@@ -57,11 +57,11 @@ class KeyRegistry:
             first, end = (np.searchsorted(run.digests, digests, side) for side in ("left", "right"))
             for place in np.flatnonzero(first < end):
                 for number in run.shards[first[place] : end[place]]:
-                    other = self._stems[int(number)]
-                    if keys[int(place)] in read_keys(self._out, other):
+                    other, key = self._stems[int(number)], keys[int(place)]
+                    if key in read_keys(self._out, other):
                         return (
-                            f"key {keys[int(place)]} is in shard {other} and in shard {stem}, so both got the same "
-                            "noise; set identity: shard+key or content in the recipe and use an empty OUT"
+                            f"key {key} is in shard {other} and in shard {stem}, so both got the same noise; "
+                            "set identity: shard+key or content in the recipe and use an empty OUT"
                         )
         shards = np.full(len(keys), len(self._stems), dtype=np.uint32)
         self._runs.append(_Sorted(np.sort(digests), shards))
