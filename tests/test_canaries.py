@@ -28,6 +28,7 @@ from PIL import Image, ImageCms, PngImagePlugin
 
 from boomerang_batch.cli import main
 from boomerang_batch.data.provenance import read_rows
+from boomerang_batch.run.log_lines import set_up
 from boomerang_batch.run.verify import verify
 from tests import broken, worlds
 
@@ -245,6 +246,7 @@ def run(folder: Path, model: Path, manifest: Path, *overrides: str, purpose: str
     recipe, out, private = folder / "recipe.yaml", folder / "out", folder / "private"
     recipe.write_text(worlds.recipe_text(model, purpose=purpose))
     command = ["run", str(recipe), str(manifest), str(out), "--device=cpu", "--threads=1"]
+    command.append("--log-format=json")  # which says more than text does
     command += [f"--set={override}" for override in overrides]
     if purpose == "anonymize":
         private.mkdir(mode=0o700)
@@ -258,6 +260,7 @@ def run(folder: Path, model: Path, manifest: Path, *overrides: str, purpose: str
         result = CliRunner().invoke(main, command)
     finally:
         logging.getLogger().removeHandler(handler)
+        set_up("text")
     assert result.exit_code == 3, result.output
     return Output(out=out, private=private, stdout=result.stdout, stderr=result.stderr, log=said.getvalue())
 
@@ -298,6 +301,11 @@ def test_no_trace_is_said(planted: Planted, anonymized: Output):
     said = "\n".join([*told, anonymized.stderr, anonymized.log, verified.output])
     assert "left out" in said
     assert found_in(anonymized.out / "logs", traces(planted), ("said", said.encode())) == {}
+    lines = [json.loads(line) for line in anonymized.stderr.splitlines()]
+    keys = {row.key for path in anonymized.out.glob("*.parquet") for row in read_rows(path)}
+    told = {one["key"] for one in lines if "key" in one}
+    assert told
+    assert told <= keys
 
 
 def test_the_secret_is_not_in_the_output(anonymized: Output):

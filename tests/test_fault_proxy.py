@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.lanes.fault_proxy import FaultProxy
-from tests.lanes.faults import FORBIDDEN, SLOW_DOWN, Cut, Delay, Rule, Shorten, Stall
+from tests.lanes.faults import FORBIDDEN, SLOW_DOWN, Cut, Delay, Hold, Rule, Shorten, Stall
 
 BODY = bytes(range(256)) * 800
 
@@ -360,6 +360,34 @@ def test_a_rule_is_used_up_and_replaced_while_requests_come(proxy: FaultProxy):
     assert [ask(proxy, "HEAD")[0] for _ in range(2)] == [403, 200]
     proxy.rules = []
     assert ask(proxy)[0] == 200
+
+
+@pytest.mark.parametrize("expect", [{}, {"Expect": "100-continue"}])
+def test_a_request_that_is_held_reaches_the_store_late_though_its_sender_has_gone(
+    store: Store, proxy: FaultProxy, expect: dict[str, str]
+):
+    hold = Hold()
+    proxy.rules = [Rule(fault=hold, method="PUT", times=1)]
+    parts = urlsplit(proxy.url)
+    with socket.create_connection((parts.hostname, parts.port)) as sender:
+        fields = {"Host": parts.netloc, "Content-Length": str(len(BODY))} | expect
+        head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+        sender.sendall(f"PUT /b/late HTTP/1.1\r\n{head}\r\n".encode() + BODY)
+        assert hold.taken.wait(10)
+    assert ask(proxy, "PUT", target="/b/late", body=b"in the meantime")[0] == 200
+    assert store.put["/b/late"] == b"in the meantime"
+    hold.release.set()
+    assert hold.status.get(timeout=10) == 200
+    assert store.put["/b/late"] == BODY
+
+
+def test_a_request_that_is_held_is_answered_when_it_is_released(store: Store, proxy: FaultProxy):
+    hold = Hold()
+    proxy.rules = [Rule(fault=hold, times=1)]
+    threading.Timer(0.3, hold.release.set).start()
+    begun = time.monotonic()
+    assert ask(proxy) == (200, BODY)
+    assert time.monotonic() - begun >= 0.3
 
 
 def test_requests_are_counted(proxy: FaultProxy):

@@ -169,6 +169,7 @@ def test_the_newest_job_began_last():
         accept_stack=st.booleans(),
         only_failed=st.booleans(),
         if_held=st.sampled_from(["stop", "wait"]),
+        log_format=st.sampled_from(["text", "json"]),
     )
 )
 def test_options_mean_the_same_to_run_in_the_job(given_flags):

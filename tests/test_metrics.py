@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -30,6 +31,34 @@ def test_the_dashboard_shows_every_metric_and_no_other():
         for name in re.findall(rf"ray_{PREFIX}(\w+)", target["expr"])
     }
     assert asked == {*COUNTERS, *GAUGES}
+
+
+def test_the_dashboard_is_one_that_grafana_takes():
+    board = json.loads(DASHBOARD.read_text())
+    assert board["schemaVersion"] >= 36  # where a datasource became an object of type and uid
+    (variable,) = board["templating"]["list"]
+    assert (variable["type"], variable["query"]) == ("datasource", "prometheus")
+    panels = board["panels"]
+    assert sorted(panel["id"] for panel in panels) == list(range(1, len(panels) + 1))
+    assert {panel["type"] for panel in panels} <= {"timeseries", "stat", "gauge", "bargauge", "table"}
+    places = []
+    for panel in panels:
+        assert panel["datasource"] == {"type": "prometheus", "uid": f"${{{variable['name']}}}"}
+        references = [target["refId"] for target in panel["targets"]]
+        assert len(references) == len(set(references)) > 0
+        place = panel["gridPos"]
+        assert 0 <= place["x"] < place["x"] + place["w"] <= 24
+        places += itertools.product(
+            range(place["x"], place["x"] + place["w"]), range(place["y"], place["y"] + place["h"])
+        )
+    assert len(places) == len(set(places))
+
+
+def test_what_comes_once_is_not_asked_for_as_a_growth():
+    """A counter is first seen when it has grown already: by that Prometheus would not count the first."""
+    for panel in json.loads(DASHBOARD.read_text())["panels"]:
+        for target in panel["targets"]:
+            assert "increase(" not in target["expr"]
 
 
 def test_a_runners_totals_are_what_it_did(tmp_path, tiny_model):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from boomerang_batch import storage
 from boomerang_batch.errors import ModelError
 from boomerang_batch.models import load_denoiser
 from boomerang_batch.models.fetch import fetch
+from boomerang_batch.storage import owned
 from tests import worlds
 
 URL = "memory://models/tiny"
@@ -100,3 +103,84 @@ def test_nothing_of_a_model_is_told():
     put(readme_txt=b"no model")
     with pytest.raises(ModelError, match="nothing of a model is there"):
         fetch(URL, patterns=PATTERNS)
+
+
+def replacing(monkeypatch: pytest.MonkeyPatch, *, times: int) -> list[str]:
+    """After the first file of each of the first `times` copies the model is replaced; the URLs copied."""
+    real, copied, left = storage.download, [], iter(range(times))
+
+    def download(url, path):
+        real(url, path)
+        copied.append(url)
+        if url.endswith("config.json") and (number := next(left, None)) is not None:
+            put(config_json=b"{}" + b" " * (number + 1), weights_safetensors=b"new" * (number + 2))
+
+    monkeypatch.setattr(storage, "download", download)
+    return copied
+
+
+def test_a_model_that_is_replaced_while_it_is_copied_is_copied_anew(tmp_path, monkeypatch):
+    put(config_json=b"{}", weights_safetensors=b"w")
+    copied = replacing(monkeypatch, times=1)
+    copy = fetch(URL, patterns=PATTERNS)
+    assert (copy / "config.json").read_bytes() == b"{} "
+    assert (copy / "weights.safetensors").read_bytes() == b"newnew"
+    assert len(copied) == 4
+    assert list((tmp_path / "copies").iterdir()) == [copy]
+
+
+def test_a_model_that_is_replaced_again_and_again_is_told(tmp_path, monkeypatch):
+    put(config_json=b"{}", weights_safetensors=b"w")
+    replacing(monkeypatch, times=9)
+    with pytest.raises(
+        ModelError, match=r"memory://models/tiny: it was replaced while it was copied, each of 2"
+    ):
+        fetch(URL, patterns=PATTERNS)
+    assert list((tmp_path / "copies").iterdir()) == []
+
+
+def test_a_model_whose_files_are_taken_away_while_it_is_copied_is_looked_for_anew(monkeypatch):
+    put(config_json=b"{}", weights_safetensors=b"w")
+    real, copied = storage.download, []
+
+    def download(url, path):
+        real(url, path)
+        copied.append(url)
+        if len(copied) == 1:
+            storage.delete(storage.join(URL, "weights.safetensors"))
+            put(other_safetensors=b"o")
+
+    monkeypatch.setattr(storage, "download", download)
+    copy = fetch(URL, patterns=PATTERNS)
+    assert sorted(path.name for path in copy.iterdir()) == ["config.json", "other.safetensors"]
+
+
+COPY = """
+import sys, time
+from boomerang_batch import storage
+from boomerang_batch.models.fetch import fetch
+from boomerang_batch.storage import owned
+storage.list_tree = lambda url: {"config.json": "1"}
+def download(url, path):
+    path.write_bytes(b"{")
+    print("copying", flush=True)
+    time.sleep(120)
+storage.download = download
+fetch("memory://models/tiny", patterns=["*.json"])
+"""
+
+
+def test_what_a_killed_copier_left_is_swept_and_a_living_ones_is_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(owned, "_YOUNG_S", -1.0)
+    put(config_json=b"{}")
+    command = [sys.executable, "-c", COPY]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "copying\n"
+            first = fetch(URL, patterns=PATTERNS)
+            assert len(list((tmp_path / "copies").iterdir())) == 2
+        finally:
+            process.kill()
+    put(config_json=b"{ }")
+    second = fetch(URL, patterns=PATTERNS)
+    assert sorted((tmp_path / "copies").iterdir()) == sorted([first, second])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from boomerang_batch.cli.status import View, facts_of, line_of, rows_of, screen_of, span
+from boomerang_batch.cli.status import View, facts_of, line_of, look, rows_of, screen_of, span
 from boomerang_batch.data.provenance import Marker
 from boomerang_batch.run import markers, progress
 from boomerang_batch.run.jobs.job import Job
@@ -130,6 +131,19 @@ def test_the_newest_log_tells_what_was_given_up(tmp_path: Path):
     assert (looks.look().quarantined, looks.look().done) == (0, 1)
 
 
+def test_an_appendix_that_was_given_up_is_no_shard(tmp_path: Path):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "run.json").write_bytes(record("a", "b"))
+    (tmp_path / "a_stats.json").write_bytes(marker("a", ok=5, failed=3))
+    events = [
+        {"event": "shard", "name": name, "status": "quarantined", "at_s": 2.0, "counts": {}}
+        for name in ("a~1", "b")
+    ]
+    (tmp_path / "logs" / "2020.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    look = Looks(str(tmp_path)).look()
+    assert (look.done, look.quarantined, look.left) == (1, 1, 0)
+
+
 def test_a_log_that_grows_is_read_again(tmp_path: Path):
     (tmp_path / "logs").mkdir()
     (tmp_path / "run.json").write_bytes(record("a", "b"))
@@ -197,6 +211,22 @@ def test_progress_of_a_run_is_what_its_report_says(
     look = looks.look()
     assert (look.done, look.left, look.rows) == (4, 0, dict(report.rows))
     assert images_per_s([look]) == pytest.approx(look.session.images / look.session.seconds)
+
+
+def test_between_two_commits_the_pace_stays_and_the_time_left_runs_down(monkeypatch: pytest.MonkeyPatch):
+    played = [seen(at_s, done) for at_s, done in ((100, 0), (140, 8), (145, 8), (150, 8), (180, 16), (999, 16))]
+
+    class Played:
+        def __init__(self, out: str) -> None:
+            self._left = iter(played)
+
+        def look(self) -> Progress:
+            return next(self._left)
+
+    monkeypatch.setattr(progress, "Looks", Played)
+    views = itertools.islice(look(None, None, "s3://bucket/out"), len(played))
+    told = [(view.images_per_s, view.eta_s) for view in views]
+    assert told == [(None, None), (2.0, 460.0), (2.0, 455.0), (2.0, 450.0), (2.0, 420.0), (2.0, 0.0)]
 
 
 JOB = Job(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -33,6 +34,8 @@ class Web:
     """Status to answer the n-th request of a method with, or None to answer it properly."""
     cut: Callable[[int], int | None] = lambda number: None
     """After how many bytes of the n-th GET's body to hang up."""
+    lacks: Callable[[int], int] = lambda number: 0
+    """How many bytes the n-th GET's answer lacks in the end, which claims to be whole."""
     requests: Counter[str] = field(default_factory=Counter)
     url: str = ""
 
@@ -62,6 +65,8 @@ class Handler(BaseHTTPRequestHandler):
         if status == 200 and wanted and web.ranges:
             first, _, last = wanted.removeprefix("bytes=").partition("-")
             body, status = body[int(first) : int(last) + 1], 206
+        if method == "GET":
+            body = body[: len(body) - web.lacks(web.requests["GET"])]
         self.send_response(status)
         self.send_header("ETag", web.tag)
         if not web.ranges and web.says_so:
@@ -122,6 +127,14 @@ def test_bodies_cut_short_and_busy_servers_cost_no_byte(web):
     assert web.requests["GET"] == 7
 
 
+@pytest.mark.parametrize("says_so", [True, False])
+def test_a_download_that_claims_to_be_whole_and_is_not_costs_no_byte(web, says_so):
+    web.ranges, web.says_so = False, says_so
+    web.lacks = lambda number: 99 if number <= 2 else 0
+    with storage.open_read(web.url) as stream:
+        assert stream.read() == CONTENT
+
+
 def test_a_file_that_is_replaced_meanwhile_is_noticed(web):
     with storage.open_read(web.url) as stream:
         stream.read(10)
@@ -165,6 +178,26 @@ def test_an_address_never_reached_is_given_up_sooner_than_one_that_was(web, monk
     for _ in range(2):
         storage.read_bytes(web.url)
     assert given == [retries.FIRST_PATIENCE_S, retries.PATIENCE_S]
+
+
+def test_a_process_is_told_what_another_of_its_run_has_reached(web, monkeypatch):
+    """A worker that is hired while a store is away must not take it for one with a wrong address."""
+    monkeypatch.setattr(remote, "_reached", set())
+    assert storage.read_bytes(web.url) == CONTENT
+    told = pickle.loads(pickle.dumps(storage.reached()))
+    assert told == {web.url.removesuffix("/a.tar")}
+    monkeypatch.setattr(remote, "_reached", set())
+    monkeypatch.setattr(remote, "FIRST_PATIENCE_S", 0.0)
+    web.refuse = lambda method, number: 503 if number <= 3 else None
+    with pytest.raises(StorageError, match="503"):
+        storage.read_bytes(web.url)
+    storage.count_on(told)
+    assert storage.read_bytes(web.url) == CONTENT
+
+
+def test_stores_at_two_endpoints_are_two_places():
+    urls = [storage.at_endpoint("s3://bucket/a", {"endpoint_url": f"http://host-{each}"}) for each in "ab"]
+    assert len({remote.Remote(url)._place for url in urls}) == 2
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from boomerang_batch.run import scratch
 from boomerang_batch.run.scratch import scratch_folder, sweep_scratch
+from boomerang_batch.storage import owned
 
 
 @pytest.fixture
 def tmpdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(scratch, "_YOUNG_S", -1.0)
+    monkeypatch.setattr(owned, "_YOUNG_S", -1.0)
     return tmp_path
 
 
@@ -63,7 +63,7 @@ def test_young_folders_and_those_of_others_stay(tmpdir, monkeypatch):
     (tmpdir / "boomerang-without-a-lock").mkdir()
     (tmpdir / "others").mkdir()
     (tmpdir / "boomerang-file").touch()
-    monkeypatch.setattr(scratch, "_YOUNG_S", 60.0)
+    monkeypatch.setattr(owned, "_YOUNG_S", 60.0)
     sweep_scratch()
     assert ours.exists()
     old = time.time() - 3600

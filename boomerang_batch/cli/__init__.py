@@ -18,6 +18,7 @@ from boomerang_batch.cli.run import run
 from boomerang_batch.cli.status import status
 from boomerang_batch.cli.verify import verify
 from boomerang_batch.errors import BoomerangError
+from boomerang_batch.run import log_lines
 
 
 class _Commands(click.Group):
@@ -27,7 +28,10 @@ class _Commands(click.Group):
         try:
             return super().invoke(context)
         except BoomerangError as error:
-            click.echo(f"error: {error}", err=True)
+            text = f"error: {error}"
+            click.echo(
+                log_lines.line(logging.ERROR, str(error), text=text, exit_code=error.exit_code), err=True
+            )
             context.exit(error.exit_code)
 
 
@@ -44,7 +48,7 @@ def main() -> None:
     Exit codes: 0 all done, 1 failed, 2 usage or configuration, 3 finished with quarantined samples or
     shards, 75 stopped and resumable.
     """
-    logging.basicConfig(format="%(levelname)s: %(message)s")
+    log_lines.set_up("text")
 
 
 for command in (demo, plan, run, submit, status, logs, stop, list_jobs, pack, manifest, verify, doctor):

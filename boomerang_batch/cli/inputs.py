@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 import os
 import signal
 import threading
@@ -14,6 +15,8 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from boomerang_batch.run import log_lines
 
 if TYPE_CHECKING:
     from boomerang_batch.config.pipeline import Recipe
@@ -53,6 +56,7 @@ class RunFlags:
     accept_stack: bool
     only_failed: bool
     if_held: str
+    log_format: log_lines.Format
 
     def words(self) -> list[str]:
         """The options that say the same to `run` in another folder."""
@@ -65,6 +69,7 @@ class RunFlags:
             "--threads": self.threads,
             "--limit": self.limit,
             "--if-held": self.if_held,
+            "--log-format": self.log_format,
         }
         switches = {
             "--extend": self.extend,
@@ -113,6 +118,14 @@ def run_options(command: Callable[..., None]) -> Callable[..., None]:
             show_default=True,
             help="What to do while another run is at work on OUT.",
         ),
+        click.option(
+            "--log-format",
+            type=click.Choice(log_lines.FORMATS),
+            default="text",
+            show_default=True,
+            help="What the run says on stderr: text, with a progress bar on a terminal, or one JSON object a "
+            "line, with shard and key where it is about one.",
+        ),
     )
     wrapped: Callable[..., None] = gathered
     for option in reversed(options):
@@ -149,7 +162,8 @@ def stop_on_signals() -> Iterator[threading.Event]:
             signal.signal(each, handler)
         # Not by print: the signal may have come in the middle of one, and the reader of stderr may be gone.
         with contextlib.suppress(OSError):
-            os.write(2, b"stopping at the next batch boundary; once more to end at once\n")
+            said = "stopping at the next batch boundary; once more to end at once"
+            os.write(2, f"{log_lines.line(logging.WARNING, said)}\n".encode())
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

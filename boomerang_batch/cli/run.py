@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from typing import TYPE_CHECKING
 
 import click
 
 from boomerang_batch.cli.inputs import RunFlags, load_recipe, run_options, stop_on_signals
+from boomerang_batch.run import log_lines
 
 if TYPE_CHECKING:
     from boomerang_batch.run.tasks import RunReport
@@ -56,6 +58,7 @@ def run(
     from boomerang_batch.run.logs import KeptLog
     from boomerang_batch.run.request import RunRequest
 
+    log_lines.set_up(flags.log_format)
     plan = None
     if planned is not None:
         from boomerang_batch.run.plan import load_plan
@@ -76,13 +79,15 @@ def run(
             accept_stack=flags.accept_stack,
             only_failed=flags.only_failed,
             wait=flags.if_held == "wait",
+            log_format=flags.log_format,
         )
         anonymize = request.recipe.purpose == "anonymize"
         with KeptLog(out=out, anonymize=anonymize, private_dir=flags.private_dir) as log:
             report = log.report = execute(request, stop=stop)
     click.echo(json.dumps(dataclasses.asdict(report)) if as_json else summary(report))
     if plan is not None:
-        click.echo(plan.compared_with(report), err=as_json)
+        told = plan.compared_with(report)
+        click.echo(log_lines.line(logging.INFO, told) if as_json else told, err=as_json)
     context.exit(report.exit_code)
 
 

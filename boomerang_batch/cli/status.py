@@ -8,13 +8,14 @@ import json
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from boomerang_batch.cli.jobs import chosen_job, cluster_options, state_of
+from boomerang_batch.run.words import pace, span
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -104,11 +105,29 @@ def look(cluster: Cluster | None, job: Job | None, out: str) -> Iterator[View]:
             yield View(out=out, job=job, note=note or "OUT isn't there yet, or can't be seen from this machine")
         else:
             kept.append(seen)
-            rate = None if job is not None and job.ended else images_per_s(kept, _beginning(job))
-            yield View(out=out, job=job, progress=seen, images_per_s=rate, eta_s=eta_s(seen, rate))
+            until = _until_last_commit(kept)
+            rate = None if job is not None and job.ended else images_per_s(until, _beginning(job))
+            left_s = eta_s(seen, rate)
+            if left_s is not None:
+                left_s = max(left_s - (seen.at_s - until[-1].at_s), 0.0)
+            yield View(out=out, job=job, progress=seen, images_per_s=rate, eta_s=left_s)
         if job is not None and cluster is not None:
             # Before the next look, so that the look after its end shows all that came of it.
             job = cluster.patient_job(job.id)
+
+
+def _until_last_commit(kept: Iterable[Progress]) -> list[Progress]:
+    """The looks up to the one that first saw as much done as the last.
+
+    Between two commits storage tells nothing, but work goes on: counted to this moment the pace would sink and
+    the time left grow.
+    """
+    *before, last = kept
+    first = next(look for look in (*before, last) if look.done == last.done)
+    return [
+        *(look for look in before if look.done < last.done),
+        dataclasses.replace(first, session=last.session),
+    ]
 
 
 def _beginning(job: Job | None) -> Beginning | None:
@@ -148,7 +167,7 @@ def rows_of(view: View) -> list[tuple[str, str]]:
         rows.append(("samples", ", ".join(f"{n} {name}" for name, n in seen.rows.items()) or "none"))
     if view.images_per_s is not None:
         left = f", about {span(view.eta_s)} left" if view.eta_s else ""
-        rows.append(("pace", f"{view.images_per_s:.3g} images/s{left}"))
+        rows.append(("pace", f"{pace(view.images_per_s)} images/s{left}"))
     if view.job is not None and view.job.state == "FAILED" and view.job.message.strip():
         rows.append(("said", view.job.message.strip().splitlines()[-1]))
     if view.note:
@@ -186,17 +205,9 @@ def line_of(view: View) -> str:
         parts += [f"{view.progress.done}/{total} shards", f"{view.progress.images} images"]
         parts += [f"{view.progress.failed} failed"] if view.progress.failed else []
         parts += [f"{view.progress.quarantined} quarantined"] if view.progress.quarantined else []
-    parts += [f"{view.images_per_s:.3g} images/s"] if view.images_per_s is not None else []
+    parts += [f"{pace(view.images_per_s)} images/s"] if view.images_per_s is not None else []
     parts += [f"{span(view.eta_s)} left"] if view.eta_s else []
     return "  ".join([*parts, *([view.note] if view.note else [])])
-
-
-def span(seconds: float) -> str:
-    """A span of time as people say it."""
-    for unit, size_s in (("s", 1), ("min", 60), ("h", 3600)):
-        if round(seconds / size_s) < 100:
-            return f"{seconds / size_s:.0f} {unit}"
-    return f"{seconds / 86400:.0f} days"
 
 
 def _since(job: Job) -> str:

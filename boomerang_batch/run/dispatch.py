@@ -110,7 +110,8 @@ class RayPool:
                 yield from self._bury(member, why(error), hire=not stopping)
                 continue
             except ray.exceptions.RayTaskError as error:
-                _log.error("task %s failed unexpectedly", task.name, exc_info=error)
+                told = {"shard": task.name}
+                _log.error("task %s failed unexpectedly", task.name, exc_info=error, extra=told)
                 # A worker may be broken for good by now, as CUDA errors break a process, and would fail every
                 # further task at once: it is replaced as if it had died.
                 yield from self._bury(member, f"unforeseen error: {first_line(error)}", hire=not stopping)

@@ -30,7 +30,7 @@ class KeptLog(logging.Handler):
 
     def __init__(self, *, out: str, anonymize: bool, private_dir: str | None) -> None:
         """`anonymize` keeps sentences out of OUT; they go to `private_dir` if there is one."""
-        super().__init__()
+        super().__init__(logging.WARNING)
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s: %(message)s"))
         self._out = out
         self._home = private_dir if anonymize else out

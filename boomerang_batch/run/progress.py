@@ -105,7 +105,7 @@ class Looks:
             at_s=time.time(),
             shards=None if record is None else len(record.shards),
             done=len(done),
-            quarantined=len(session.quarantined - done),
+            quarantined=sum(not is_appendix(name) for name in session.quarantined - done),
             rows={status: count for status, count in sorted(rows.items()) if count},
             session=session,
         )

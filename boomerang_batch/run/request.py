@@ -11,6 +11,7 @@ from boomerang_batch import storage
 from boomerang_batch.config.pipeline import Recipe
 from boomerang_batch.data.manifest import Manifest
 from boomerang_batch.errors import ManifestError, PrivateDirError
+from boomerang_batch.run.log_lines import Format
 from boomerang_batch.run.naming import Naming
 from boomerang_batch.run.private import SECRET_VARIABLE, load_secret, prepare_private_dir
 from boomerang_batch.run.record import RunRecord
@@ -37,6 +38,8 @@ class RunRequest:
     wait: bool = False
     """Whether to wait for another run that holds OUT."""
     quiet: bool = False
+    log_format: Format = "text"
+    """Of workers' log lines; this process's log is set up by whoever owns the process."""
 
 
 def open_naming(request: RunRequest) -> Naming:

@@ -7,6 +7,7 @@ reads or encodes, the others' draws keep the device busy. A stop is honoured bet
 from __future__ import annotations
 
 import functools
+import logging
 import tempfile
 import threading
 import time
@@ -17,13 +18,13 @@ from pathlib import Path
 import torch
 
 from boomerang_batch.data.images import Pixels, to_model_values
-from boomerang_batch.data.provenance import Marker, write_rows
+from boomerang_batch.data.provenance import BAD, Marker, write_rows
 from boomerang_batch.data.shards import write_shard
 from boomerang_batch.diffusion.engine import Engine
 from boomerang_batch.diffusion.threads import use_threads
 from boomerang_batch.diffusion.transfer import to_device
 from boomerang_batch.errors import ShardError, StoppedError, StorageError
-from boomerang_batch.run import journal, lease
+from boomerang_batch.run import journal, lease, log_lines
 from boomerang_batch.run.commit import commit, digest_file, read_marker
 from boomerang_batch.run.drawing import Drawing
 from boomerang_batch.run.ledger import Ledger
@@ -37,6 +38,8 @@ from boomerang_batch.run.stack import fingerprint
 from boomerang_batch.run.tasks import RunSpec, ShardReport, Task, WorkerFacts
 from boomerang_batch.run.transform import Transform
 from boomerang_batch.storage.retries import retry_count
+
+_log = logging.getLogger(__name__)
 
 
 class Runner:
@@ -80,12 +83,14 @@ class Runner:
         use_threads(1)  # lest this thread contend with the engine's
         self._count("tasks")
         try:
-            with scratch_folder() as scratch:
+            with log_lines.about(**self._about(task)), scratch_folder() as scratch:
                 counts = self._run(task, scratch, stopped, progress)
         except StoppedError as error:
             return ShardReport(name=task.name, status="stopped", reason=str(error))
         except ShardError as error:
             self._count("shards_failed_total")
+            if self._about(task):
+                _log.info("%s", error, extra=self._about(task))
             return ShardReport(name=task.name, status="quarantined", reason=str(error))
         except OSError as error:
             # Neither the shard (a ShardError) nor OUT (a StorageError): what is left is the scratch disk.
@@ -134,6 +139,7 @@ class Runner:
                 keep_originals=spec.recipe.keep_originals,
                 # The reader's messages reach logs, which others may read: under anonymize they name the output.
                 shown=task.url if self._private_dir is None else task.name,
+                about=self._about(task),
                 stopped=stopped,
                 progress=progress,
             ).run()
@@ -162,11 +168,31 @@ class Runner:
         self._count("shards_done_total")
         self._count("output_bytes_total", marker.tar_bytes + marker.parquet_bytes)
         self._count("outputs_total", sum(counts.values()))
+        if BAD & counts.keys():
+            _log_failures(task, ledger)
         return counts
+
+    def _about(self, task: Task) -> dict[str, str]:
+        """What every log line on a task carries.
+
+        Its words may name the input, and under anonymize the output's name must not stand beside that.
+        """
+        return {} if self._private_dir is not None else {"shard": task.name}
 
     def _count(self, name: str, amount: float = 1) -> None:
         with self._counting:
             self._totals[name] += amount
+
+
+def _log_failures(task: Task, ledger: Ledger) -> None:
+    """A line for each output that failed, with what OUT tells of it.
+
+    In OUT's order and when all is done, for the moment of a failure would tell its place in the input.
+    """
+    for _, row in ledger.rows():
+        if row.status in BAD:
+            facts = {"shard": task.name, "key": row.key, "variant": row.variant, "reason": row.reason}
+            _log.info("%s: %s", row.status, row.detail or row.reason, extra=facts)
 
 
 def _flagged(engine: Engine, pixels: Pixels) -> bool:

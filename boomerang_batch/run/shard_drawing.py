@@ -16,6 +16,7 @@ from boomerang_batch.data.scan import Measured, contradictions
 from boomerang_batch.data.shards import Sample, Unreadable, read_samples
 from boomerang_batch.diffusion.engine import Draw
 from boomerang_batch.errors import ModelError, SampleError, ShardError, StoppedError, StorageError
+from boomerang_batch.run import log_lines
 from boomerang_batch.run.drawing import Drawing
 from boomerang_batch.run.guards import RETRIED
 from boomerang_batch.run.journal import Journal
@@ -30,6 +31,8 @@ _log = logging.getLogger(__name__)
 class ShardDrawing:
     """One task's samples, drawn by `drawing` and put into `ledger`. `shown` names the shard in messages.
 
+    `about` is what log lines are to tell beside their message; empty where nothing may stand there.
+
     A stop is honoured between samples. `progress` is called with the number of outputs finished so far.
     """
 
@@ -43,6 +46,7 @@ class ShardDrawing:
         journal: Journal | None,
         keep_originals: bool,
         shown: str,
+        about: Mapping[str, str],
         stopped: Callable[[], bool],
         progress: Callable[[int], None],
     ) -> None:
@@ -53,6 +57,7 @@ class ShardDrawing:
         self._journal = journal
         self._keep_originals = keep_originals
         self._shown = shown
+        self._about = about
         self._stopped = stopped
         self._progress = progress
         self._seen = transform.nothing_seen()
@@ -92,7 +97,7 @@ class ShardDrawing:
                 ledger.withdraw(*transform.unreadable(item, shard=shard))
                 continue
             try:
-                with _sample_boundary():
+                with self._sample_boundary(item.key):
                     prepared = self._prepare(item)
                     original = transform.original(prepared) if self._keep_originals else None
             except SampleError as error:
@@ -119,12 +124,9 @@ class ShardDrawing:
                     self._finish(made, kept=False, again=True)
                     self._progress(self._finished)
         except ModelError as error:
-            _log.warning(
-                "shard %s: %d outputs stay refused that float32 might have saved: %s",
-                self._task.name,
-                len(suspects),
-                error,
-            )
+            said = "shard %s: %d outputs stay refused that float32 might have saved: %s"
+            shard = self._task.name
+            _log.warning(said, shard, len(suspects), error, extra={"shard": shard})
 
     def _draws_of(self, suspects: Mapping[tuple[int, int], bytes]) -> Iterator[Draw]:
         """The draws behind some outputs. A cascade that is drawn again gives its other passes too.
@@ -148,9 +150,11 @@ class ShardDrawing:
             raise ShardError(f"{self._shown} changed while it was worked on; nothing of it was kept")
 
     def _prepared_again(self, item: Sample | Unreadable) -> Prepared | None:
+        if isinstance(item, Unreadable):
+            return None
         try:
-            with _sample_boundary():
-                return None if isinstance(item, Unreadable) else self._prepare(item)
+            with self._sample_boundary(item.key):
+                return self._prepare(item)
         except SampleError:
             return None
 
@@ -186,7 +190,7 @@ class ShardDrawing:
         """
         prepared, number = made.prepared, self._transform.number(made)
         try:
-            with _sample_boundary():
+            with self._sample_boundary(prepared.source.key):
                 output = self._transform.finish(made, seen=self._seen)
         except SampleError as error:
             self._refuse(prepared, number, error)
@@ -213,7 +217,7 @@ class ShardDrawing:
         task = self._task
         shown = storage.without_secrets(task.url)
         try:
-            with storage.open_read(task.url) as stream:
+            with log_lines.about(**self._about), storage.open_read(task.url) as stream:
                 measured = Measured(stream)
                 for item in read_samples(cast("BinaryIO", measured), shard=self._shown):
                     self._mind_stop()
@@ -231,14 +235,14 @@ class ShardDrawing:
         if self._stopped():
             raise StoppedError(f"stopped within shard {self._task.name}; run the same command to resume")
 
-
-@contextlib.contextmanager
-def _sample_boundary() -> Iterator[None]:
-    """Nothing that happens inside can cost more than one sample: an unforeseen error becomes a row too."""
-    try:
-        yield
-    except (SampleError, MemoryError):
-        raise
-    except Exception as error:
-        _log.exception("unforeseen error in one sample; please report it")
-        raise SampleError("internal-error", f"{type(error).__name__}: {error}") from error
+    @contextlib.contextmanager
+    def _sample_boundary(self, key: str | None) -> Iterator[None]:
+        """Nothing that happens inside can cost more than one sample: an unforeseen error becomes a row too."""
+        with log_lines.about(**self._about, **({"key": key} if self._about and key is not None else {})):
+            try:
+                yield
+            except (SampleError, MemoryError):
+                raise
+            except Exception as error:
+                _log.exception("unforeseen error in one sample; please report it")
+                raise SampleError("internal-error", f"{type(error).__name__}: {error}") from error

@@ -54,7 +54,8 @@ def publish_sheets(
             before = dict(_inputs(recipe, naming, task, wanted=set(after)))
         except (StorageError, OSError):
             # A finished run needs its inputs no more, and they may be gone by now.
-            _log.warning("the input of shard %s can't be read; %s stays as it is", task.name, PAIRS_NAME)
+            said = "the input of shard %s can't be read; %s stays as it is"
+            _log.warning(said, task.name, PAIRS_NAME, extra={"shard": task.name})
             return
         pairs.append([before[key] for key in after if key in before])
         pairs.append([after[key] for key in after if key in before])

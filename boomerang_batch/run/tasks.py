@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from boomerang_batch.config.pipeline import Recipe
 from boomerang_batch.data.provenance import BAD
+from boomerang_batch.run.log_lines import Format
 
 DEPTH = 2
 """Tasks in flight per worker: while one is read, encoded or published, the other's draws fill the device."""
@@ -25,6 +26,8 @@ class RunSpec:
     """Of the run's lease on OUT."""
     batch_size: int | None = None
     """What `batch_size: auto` came to in this run, once it is known."""
+    log_format: Format = "text"
+    """Of the lines that a worker of its own process writes to its log."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,12 +1,14 @@
 """What a run tells while it runs: a progress bar on a terminal, one JSON line every few seconds otherwise.
 
-Both go to stderr. Events are kept and published under OUT/logs when the run ends; so they name outputs only
-(pseudonyms under anonymize) and never quote a reason, which might quote an input.
+Both go to stderr. Where the log is shown at INFO, progress and shards are records of it instead, and there is
+no bar that they would tear. Events are kept and published under OUT/logs when the run ends; so they name
+outputs only (pseudonyms under anonymize) and never quote a reason, which might quote an input.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 from collections import Counter
@@ -14,13 +16,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from boomerang_batch.data.provenance import BAD
 from boomerang_batch.run.appendix import is_appendix
 from boomerang_batch.run.tasks import ShardReport
+from boomerang_batch.run.words import pace, span
 
 _LINE_EVERY_S = 5.0
+
+_log = logging.getLogger(__name__)
 
 
 class Telemetry:
@@ -28,23 +33,21 @@ class Telemetry:
 
     def __init__(self, *, shards: int, quiet: bool = False) -> None:
         self._shards = shards
-        self._done = self._done_here = self._quarantined = 0
+        self._done = self._quarantined = 0
+        self._images_of_done = 0
         self._failed = 0
         self._finished_images = 0
         self._images_in_flight: dict[str, int] = {}
         self._started = self._last_line = time.monotonic()
         self._events: list[dict[str, Any]] = []
         self._quiet = quiet
+        self._logged = _log.isEnabledFor(logging.INFO)
         self._bar: Progress | None = None
-        if not quiet and sys.stderr.isatty():
-            columns = (
-                TextColumn("shards"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[note]}"),
-            )
-            self._bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
-            self._row = self._bar.add_task("shards", total=shards, note="")
+        if not quiet and not self._logged and sys.stderr.isatty():
+            # The bar gets what width the words leave.
+            columns = BarColumn(bar_width=None), TextColumn("{task.description}", markup=False)
+            self._bar = Progress(*columns, console=Console(stderr=True))
+            self._row = self._bar.add_task(self._words(0.0), total=shards)
 
     def __enter__(self) -> Telemetry:
         if self._bar is not None:
@@ -52,6 +55,7 @@ class Telemetry:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._show(force=True)
         if self._bar is not None:
             self._bar.stop()
 
@@ -61,6 +65,7 @@ class Telemetry:
         for report in done:
             counts.update(report.counts)
         self._done += len(done)
+        self._images_of_done += sum(counts.values())
         self._failed += sum(count for status, count in counts.items() if status in BAD)
         if done:
             self.event("resumed", shards=len(done), counts=dict(counts))
@@ -77,14 +82,18 @@ class Telemetry:
         if report.status == "done":
             self._finished_images += sum(report.counts.values())
         if not is_appendix(report.name):
-            self._done += report.status in ("done", "there")
-            self._done_here += report.status == "done"
+            if report.status in ("done", "there"):
+                self._done += 1
+                self._images_of_done += sum(report.counts.values())
             self._quarantined += report.status == "quarantined"
         bad = sum(count for status, count in report.counts.items() if status in BAD)
         self._failed += bad
         self.event(
             "shard", name=report.name, status=report.status, counts=dict(report.counts), seconds=report.seconds
         )
+        facts = {"status": report.status, "counts": dict(report.counts), "seconds": report.seconds}
+        level = logging.WARNING if report.status == "quarantined" else logging.INFO
+        _log.log(level, "shard %s: %s", report.name, report.status, extra={"shard": report.name, **facts})
         self._show(force=report.status == "quarantined")
 
     def event(self, kind: str, **facts: Any) -> None:
@@ -97,18 +106,49 @@ class Telemetry:
 
     def _show(self, *, force: bool = False) -> None:
         now = time.monotonic()
-        images = self._finished_images + sum(self._images_in_flight.values())
-        rate = images / max(now - self._started, 1e-9)
+        rate = self._images / max(now - self._started, 1e-9)
         if self._bar is not None:
-            note = f"{images} images, {rate:.1f}/s, {self._failed} failed"
-            self._bar.update(self._row, completed=self._done, note=note)
+            self._bar.update(self._row, completed=self._done + self._quarantined, description=self._words(rate))
         elif not self._quiet and (force or now - self._last_line >= _LINE_EVERY_S):
             self._last_line = now
-            left = max(self._shards - self._done - self._quarantined, 0)
-            eta_s = round((now - self._started) / self._done_here * left) if self._done_here else None
-            line = {"shards_done": self._done, "shards": self._shards, "images": images, "failed": self._failed}
-            print(
-                json.dumps({**line, "images_per_s": round(rate, 2), "eta_s": eta_s}),
-                file=sys.stderr,
-                flush=True,
-            )
+            self._say(rate)
+
+    def _say(self, rate: float) -> None:
+        eta_s = self._eta_s(rate)
+        facts = {
+            "shards_done": self._done,
+            "shards": self._shards,
+            "quarantined": self._quarantined,
+            "images": self._images,
+            "failed": self._failed,
+            "images_per_s": round(rate, 2),
+            "eta_s": None if eta_s is None else round(eta_s),
+        }
+        if self._logged:
+            _log.info("%d of %d shards done", self._done, self._shards, extra=facts)
+        else:
+            print(json.dumps(facts), file=sys.stderr, flush=True)
+
+    def _words(self, rate: float) -> str:
+        """What stands beside the bar, the less dispensable first: a narrow terminal cuts it."""
+        parts = [f"{self._done:,}/{self._shards:,} shards"]
+        eta_s = self._eta_s(rate)
+        if eta_s:
+            parts.append(f"{span(eta_s)} left")
+        parts += [f"{self._failed:,} failed"] if self._failed else []
+        parts += [f"{self._quarantined:,} quarantined"] if self._quarantined else []
+        parts.append(f"{self._images:,} images")
+        parts += [f"{pace(rate)}/s"] if self._images else []
+        return ", ".join(parts)
+
+    @property
+    def _images(self) -> int:
+        """Outputs of this run so far, those of shards in work included."""
+        return self._finished_images + sum(self._images_in_flight.values())
+
+    def _eta_s(self, rate: float) -> float | None:
+        """Time left, by the mean size of the done shards; None while none is."""
+        if not self._done or not rate:
+            return None
+        left = max(self._shards - self._done - self._quarantined, 0) * self._images_of_done / self._done
+        return max(left - sum(self._images_in_flight.values()), 0.0) / rate

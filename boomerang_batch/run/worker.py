@@ -12,6 +12,7 @@ import time
 
 import ray
 
+from boomerang_batch.run import log_lines
 from boomerang_batch.run.metrics import Exporter
 from boomerang_batch.run.runner import Runner
 from boomerang_batch.run.tasks import DEPTH, RunSpec, ShardReport, Task, WorkerFacts, WorkerState
@@ -22,6 +23,7 @@ class Worker:
     """One model on one device. The driver replaces dead workers; Ray's own restarts are off."""
 
     def __init__(self, spec: RunSpec) -> None:
+        log_lines.set_up(spec.log_format)
         self._spec = spec
         self._runner: Runner | None = None
         self._load_began: float | None = None

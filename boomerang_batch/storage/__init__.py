@@ -21,7 +21,8 @@ import fsspec
 
 from boomerang_batch.errors import ObjectExistsError, ObjectMissingError, StorageError
 from boomerang_batch.storage import local
-from boomerang_batch.storage.remote import Remote
+from boomerang_batch.storage.owned import owned_folder, sweep_owned
+from boomerang_batch.storage.remote import Remote, count_on, reached
 from boomerang_batch.storage.retries import is_missing, status_of
 from boomerang_batch.storage.urls import (
     ENDPOINT,
@@ -40,6 +41,7 @@ __all__ = [
     "ENDPOINT",
     "absolute",
     "at_endpoint",
+    "count_on",
     "create_only",
     "delete",
     "download",
@@ -54,12 +56,15 @@ __all__ = [
     "lying_in",
     "make_folder",
     "open_read",
+    "owned_folder",
     "publish",
     "publish_bytes",
+    "reached",
     "read_bytes",
     "remove_folder",
     "size",
     "sweep",
+    "sweep_owned",
     "without_secrets",
 ]
 

@@ -1,23 +1,21 @@
 """Stores behind fsspec: requests bounded in time, tried again while that may help, and whole or not at all.
 
 Nothing is written through `fs.open(url, "wb")`: leaving such a file by an error publishes what was written so
-far, on S3, GCS and Azure alike. A finished local file goes up in parts, a few of them in memory at a time.
+far, on S3, GCS and Azure alike. A finished local file goes up in parts, a few of them in memory at a time
+(uploads.py).
 """
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import io
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
-import fsspec.asyn
-from fsspec.asyn import AsyncFileSystem
 
 from boomerang_batch.errors import StorageError
 from boomerang_batch.storage.reader import BLOCK_BYTES, BlockReader
@@ -28,18 +26,27 @@ from boomerang_batch.storage.retries import (
     is_missing,
     patiently,
 )
+from boomerang_batch.storage.s3 import read_times_fast
+from boomerang_batch.storage.uploads import ANSWER_S, upload, upload_file
 from boomerang_batch.storage.urls import at_endpoint, holds_credentials, split_endpoint, without_secrets
 
-_CONNECT_S, _READ_S = 10, 60
-_SLOWEST_BYTES_PER_S = 512 << 10
-_PART_BYTES = 16 << 20
-_PARTS_AT_ONCE = 2
+_CONNECT_S = 10
 _READ_ONLY = ("http", "https")
 _IDENTITY = ("ETag", "etag", "generation", "md5Hash", "LastModified", "last_modified", "Last-Modified", "size")
 """What tells, in one store or another, that an object is not the one it was."""
 
 _T = TypeVar("_T")
 _reached: set[str] = set()
+
+
+def reached() -> frozenset[str]:
+    """The places of stores that this process has had an answer from."""
+    return frozenset(_reached)
+
+
+def count_on(places: Iterable[str]) -> None:
+    """Take `places` for reached: another process of the same run has had an answer from there."""
+    _reached.update(places)
 
 
 class Remote:
@@ -57,10 +64,12 @@ class Remote:
                 f"{shown}: a URL must not hold credentials; put them into the environment, "
                 "as the store's own tools want them"
             )
-        self._place = f"{protocol}://{self._host}"
+        self._place = at_endpoint(f"{protocol}://{self._host}", endpoint)
         self._read_only = protocol in _READ_ONLY
         self._protocol = protocol
         self._filesystem, self._path = fsspec.core.url_to_fs(url, **_options(protocol, endpoint))
+        if protocol in ("s3", "s3a"):
+            read_times_fast(self._filesystem)
 
     def exists(self) -> bool:
         """Whether there is an object or folder."""
@@ -87,7 +96,7 @@ class Remote:
         if info.get("type") == "directory":
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
         if size is None or info.get("partial") is False or not self._knows_ranges(int(size)):
-            return self._download()
+            return self._download(None if size is None else int(size))
         identity = _identity(info)
 
         def fetch(start: int, end: int) -> bytes:
@@ -125,16 +134,14 @@ class Remote:
     def put(self, source: Path) -> None:
         """Upload a finished local file, replacing what was there."""
         self._writable()
-        parts = {"chunksize": _PART_BYTES} if self._protocol in ("s3", "s3a", "gs", "gcs") else {}
-        if self._protocol in ("s3", "s3a", "az", "abfs", "abfss"):
-            parts["max_concurrency"] = _PARTS_AT_ONCE
         size = source.stat().st_size
-        self._ask(lambda: self._upload("put_file", str(source), self._path, size=size, **parts), "write")
+        words = self._filesystem, self._protocol, str(source), self._path
+        self._ask(lambda: upload_file(*words, size=size), "write")
 
     def put_bytes(self, data: bytes) -> None:
         """Put small content, replacing what was there."""
         self._writable()
-        self._ask(lambda: self._upload("pipe_file", self._path, data, size=len(data)), "write")
+        self._ask(lambda: upload(self._filesystem, "pipe_file", self._path, data, size=len(data)), "write")
 
     def create(self, data: bytes) -> None:
         """Put `data` if the name is free. Raises FileExistsError when something else is there.
@@ -158,26 +165,12 @@ class Remote:
 
     def _create_once(self, data: bytes) -> None:
         try:
-            self._upload("pipe_file", self._path, data, size=len(data), mode="create")
+            upload(self._filesystem, "pipe_file", self._path, data, size=len(data), mode="create")
         except OSError as error:
             # Some S3 servers answer 412 without naming the condition, which s3fs reports as EINVAL.
             if error.errno == errno.EINVAL and self._filesystem.exists(self._path):
                 raise FileExistsError(self._path) from error
             raise
-
-    def _upload(self, method: str, *words: Any, size: int, **options: Any) -> None:
-        """Call a method of the client for as long as sending `size` bytes may take: it has no bound itself."""
-        filesystem = self._filesystem
-        if not isinstance(filesystem, AsyncFileSystem):
-            getattr(filesystem, method)(*words, **options)
-            return
-
-        async def bounded() -> None:
-            # Cancelled in time: a call that was only waited for no longer would go on sending.
-            async with asyncio.timeout(_READ_S + size / _SLOWEST_BYTES_PER_S):
-                await getattr(filesystem, f"_{method}")(*words, **options)
-
-        fsspec.asyn.sync(filesystem.loop, bounded)
 
     def _knows_ranges(self, size: int) -> bool:
         """Whether a block of an object comes alone; a web server may answer with everything, and not say so."""
@@ -203,7 +196,7 @@ class Remote:
             raise IncompleteReadError(f"{len(data)} bytes came of {end - start}")
         return data
 
-    def _download(self) -> BinaryIO:
+    def _download(self, size: int | None) -> BinaryIO:
         """The object as an unnamed local file, for servers that give no size or no ranges."""
         stream = tempfile.TemporaryFile(prefix="boomerang-")  # noqa: SIM115 (the caller closes it)
 
@@ -211,6 +204,8 @@ class Remote:
             stream.seek(0)
             stream.truncate()
             self._filesystem.get_file(self._path, stream)
+            if size not in (None, stream.tell()):
+                raise IncompleteReadError(f"{stream.tell()} bytes came of {size}")
 
         try:
             self._ask(download, "read")
@@ -254,12 +249,12 @@ def _options(protocol: str, endpoint: Mapping[str, str]) -> dict[str, Any]:
         options["client_kwargs"] = {"region_name": endpoint["region"]}
     if protocol in ("s3", "s3a"):
         # s3fs and botocore each try again by themselves; one of them is enough.
-        bounds = {"connect_timeout": _CONNECT_S, "read_timeout": _READ_S, "retries": {"max_attempts": 0}}
+        bounds = {"connect_timeout": _CONNECT_S, "read_timeout": ANSWER_S, "retries": {"max_attempts": 0}}
         options["config_kwargs"] = bounds | fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
     elif protocol in ("gs", "gcs"):
         options["requests_timeout"] = _timeout()
     elif protocol in ("az", "abfs", "abfss"):
-        options |= {"connection_timeout": _CONNECT_S, "read_timeout": _READ_S}
+        options |= {"connection_timeout": _CONNECT_S, "read_timeout": ANSWER_S}
     elif protocol in _READ_ONLY:
         options["client_kwargs"] = {"timeout": _timeout()}
     return options
@@ -268,7 +263,7 @@ def _options(protocol: str, endpoint: Mapping[str, str]) -> dict[str, Any]:
 def _timeout() -> Any:
     import aiohttp
 
-    return aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=_READ_S)
+    return aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=ANSWER_S)
 
 
 def _identity(info: dict[str, Any]) -> tuple[Any, ...]:

@@ -6,17 +6,16 @@ import base64
 import os
 import secrets
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from tests.lanes.processes import ServerProcess, find_program, free_port
+from tests.lanes.processes import ObjectServer, find_program, free_port
 
 _FIX = "npm install -g azurite, or set AZURITE to the path of its azurite-blob"
 _ACCOUNT = "lane"
 
 
-class Azurite:
-    """A server of its own data, port and credentials. Use as a context manager; see ObjectServer."""
+class Azurite(ObjectServer):
+    """A server of its own data, port and credentials. See ObjectServer."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -30,29 +29,8 @@ class Azurite:
         program = os.environ.get("AZURITE") or find_program("azurite-blob", fix=_FIX)
         options = ["--silent", "--skipApiVersionCheck", "--disableTelemetry"]
         options += ["--blobHost", "127.0.0.1", "--blobPort", str(port), "--location", str(folder)]
-        self._process = ServerProcess(
-            [program, *options],
-            log=folder / "azurite.log",
-            ready=self._ask,
-            environment={"AZURITE_ACCOUNTS": f"{_ACCOUNT}:{key}"},
-        )
-
-    def __enter__(self) -> Azurite:
-        self.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._process.stop()
-
-    def start(self) -> None:
-        """See ObjectServer."""
-        self._process.start()
-
-    def kill(self) -> None:
-        """See ObjectServer."""
-        self._process.kill()
+        accounts = {"AZURITE_ACCOUNTS": f"{_ACCOUNT}:{key}"}
+        super().__init__([program, *options], log=folder / "azurite.log", environment=accounts)
 
     def make_bucket(self, name: str) -> str:
         """See ObjectServer; Azure calls it a container."""

@@ -33,10 +33,20 @@ class Said:
 
 
 class Place:
-    """A working folder for commands: scratch disk and private dir below it, a store in the environment."""
+    """A working folder for commands: scratch disk and private dir below it, a store in the environment.
 
-    def __init__(self, *, work: Path, environment: Mapping[str, str]) -> None:
+    `program` is what the interpreter is given in front of a command's words.
+    """
+
+    def __init__(
+        self,
+        *,
+        work: Path,
+        environment: Mapping[str, str],
+        program: tuple[str, ...] = ("-m", "boomerang_batch"),
+    ) -> None:
         self.work = work
+        self._program = program
         self.private = work / "private"
         self.scratch = work / "scratch"
         self.scratch.mkdir(parents=True)
@@ -54,7 +64,7 @@ class Place:
     def begin(self, *words: str) -> subprocess.Popen[str]:
         """Start a command and go on; its output is to be read by communicate()."""
         return subprocess.Popen(
-            [sys.executable, "-m", "boomerang_batch", *words],
+            [sys.executable, *self._program, *words],
             env=self.environment,
             cwd=self.work,
             stdin=subprocess.DEVNULL,

@@ -99,6 +99,12 @@ def tiny_inputs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture(scope="session")
+def inputs(tiny_inputs: Path) -> Mapping[str, bytes]:
+    """The files of `tiny_inputs`, to be put into a store."""
+    return {path.name: path.read_bytes() for path in tiny_inputs.iterdir()}
+
+
+@pytest.fixture(scope="session")
 def tiny_here(tiny_inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, bytes]:
     """The tree of the run of `tiny_inputs` from local disk to local disk."""
     folder = tmp_path_factory.mktemp("tiny-here")

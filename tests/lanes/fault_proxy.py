@@ -18,8 +18,19 @@ from io import BufferedReader
 from types import TracebackType
 from urllib.parse import urlsplit
 
-from tests.lanes.faults import Answer, Cut, Delay, Fault, Rule, Seen, Shorten, Stall
-from tests.lanes.wire import BrokenMessageError, Head, read_head, request_body, response_body, with_length
+from tests.lanes.faults import Answer, Cut, Delay, Fault, Hold, Rule, Seen, Shorten, Stall
+from tests.lanes.wire import (
+    BrokenMessageError,
+    Head,
+    final_head,
+    first,
+    pass_on,
+    read_head,
+    request_body,
+    response_body,
+    send,
+    with_length,
+)
 
 _CONNECT_TIMEOUT_S = 10.0
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -122,16 +133,16 @@ class FaultProxy:
         if isinstance(fault, Stall) and fault.of == "request":
             self._closing.wait(fault.seconds)
             return False
-        upstream = socket.create_connection(self._upstream, timeout=_CONNECT_TIMEOUT_S)
-        upstream.settimeout(None)
-        with self._watched(upstream), upstream.makefile("rb") as answers:
+        if isinstance(fault, Hold):
+            return self._hold(client, stream, request, fault)
+        with self._store() as (upstream, answers):
             if isinstance(fault, Cut) and fault.of == "request":
                 if request.waits_for_leave:
                     client.sendall(_CONTINUE)
                 upstream.sendall(request.raw)
-                _send(upstream, _first(request_body(stream, request), fault.after_bytes or 0))
+                send(upstream, first(request_body(stream, request), fault.after_bytes or 0))
                 return _end(client, reset=fault.reset)
-            whole, response = _pass_on(client, stream, request, upstream, answers)
+            whole, response = pass_on(client, stream, request, upstream, answers)
             if response is None:
                 return False
             body = response_body(answers, response, method=method)
@@ -152,7 +163,7 @@ class FaultProxy:
         if isinstance(fault, Cut | Stall):
             if fault.after_bytes is not None:
                 client.sendall(response.raw)
-                _send(client, _first(body, fault.after_bytes))
+                send(client, first(body, fault.after_bytes))
             if isinstance(fault, Stall):
                 self._closing.wait(fault.seconds)
                 return False
@@ -160,11 +171,30 @@ class FaultProxy:
         if isinstance(fault, Shorten) and response.length:
             length = max(0, response.length - fault.missing_bytes)
             client.sendall(with_length(response, length))
-            _send(client, _first(body, length))
+            send(client, first(body, length))
             return False
         client.sendall(response.raw)
-        _send(client, body)
+        send(client, body)
         return True
+
+    def _hold(self, client: socket.socket, stream: BufferedReader, request: Head, fault: Hold) -> bool:
+        """Take the request now and send it on later; the connection ends with it."""
+        if request.waits_for_leave:
+            client.sendall(_CONTINUE)
+        body = list(request_body(stream, request))
+        fault.taken.set()
+        while not fault.release.wait(0.05):
+            if self._closing.is_set():
+                return False
+        with self._store() as (upstream, answers):
+            upstream.sendall(request.raw)
+            send(upstream, body)
+            response = final_head(answers)
+            if response is not None:
+                fault.status.put(response.status)
+                client.sendall(response.raw)
+                send(client, response_body(answers, response, method=request.first.split()[0]))
+        return False
 
     def _decide(self, method: str, target: str) -> Fault | None:
         """Note the request, and say what is to happen to it."""
@@ -182,6 +212,14 @@ class FaultProxy:
             return fault
 
     @contextlib.contextmanager
+    def _store(self) -> Iterator[tuple[socket.socket, BufferedReader]]:
+        """A connection to the server, and the stream of its answers."""
+        upstream = socket.create_connection(self._upstream, timeout=_CONNECT_TIMEOUT_S)
+        upstream.settimeout(None)
+        with self._watched(upstream), upstream.makefile("rb") as answers:
+            yield upstream, answers
+
+    @contextlib.contextmanager
     def _watched(self, connection: socket.socket) -> Iterator[None]:
         """`connection` closed in the end, and shut down from outside when the proxy closes."""
         with connection:
@@ -197,35 +235,6 @@ class FaultProxy:
                     self._open.discard(connection)
 
 
-def _pass_on(
-    client: socket.socket,
-    stream: BufferedReader,
-    request: Head,
-    upstream: socket.socket,
-    answers: BufferedReader,
-) -> tuple[bool, Head | None]:
-    """Send a request on: whether all of it went, and the head of the final answer, None if none came."""
-    upstream.sendall(request.raw)
-    response = None
-    if request.waits_for_leave:
-        response = read_head(answers)
-        if response is None or response.status != 100:
-            return False, response  # the client need not send what it offered
-        client.sendall(response.raw)
-    whole = True
-    body = request_body(stream, request)
-    for piece in body:
-        try:
-            upstream.sendall(piece)
-        except OSError:
-            whole = False  # the store may have answered before it had read everything
-            break
-    response = read_head(answers)
-    while response is not None and response.status == 100:
-        response = read_head(answers)
-    return whole, response
-
-
 def _answer(client: socket.socket, stream: BufferedReader, request: Head, fault: Answer) -> bool:
     """An error document in the form of S3, after the request was read, so that its sender gets to see it."""
     offered = request.waits_for_leave
@@ -238,18 +247,6 @@ def _answer(client: socket.socket, stream: BufferedReader, request: Head, fault:
     body = "" if request.first.startswith("HEAD ") else text
     client.sendall(f"{head}\r\n{body}".encode())
     return not offered
-
-
-def _send(connection: socket.socket, pieces: Iterable[bytes]) -> None:
-    for piece in pieces:
-        connection.sendall(piece)
-
-
-def _first(pieces: Iterator[bytes], count: int) -> Iterator[bytes]:
-    """The first `count` bytes."""
-    while count > 0 and (piece := next(pieces, b"")):
-        yield piece[:count]
-        count -= len(piece)
 
 
 def _end(client: socket.socket, *, reset: bool) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import Literal
 
 
@@ -55,7 +57,21 @@ class Delay:
     seconds: float
 
 
-Fault = Answer | Cut | Shorten | Stall | Delay
+@dataclass(frozen=True, kw_only=True)
+class Hold:
+    """The request is taken whole, and goes on to the store once it is released.
+
+    Its sender may be dead by then, or have sent it again: this one comes late.
+    """
+
+    taken: threading.Event = field(default_factory=threading.Event)
+    """Set once the proxy has all of it."""
+    release: threading.Event = field(default_factory=threading.Event)
+    status: SimpleQueue[int] = field(default_factory=SimpleQueue)
+    """Gets what the store answered."""
+
+
+Fault = Answer | Cut | Shorten | Stall | Delay | Hold
 
 SLOW_DOWN = Answer(status=503, code="SlowDown")
 INTERNAL_ERROR = Answer(status=500, code="InternalError")

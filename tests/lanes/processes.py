@@ -9,41 +9,15 @@ import socket
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Protocol
+from types import MappingProxyType, TracebackType
+from typing import Self
 
 _LOOPBACK = "127.0.0.1"
 _START_WITHIN_S = 60.0
 _END_WITHIN_S = 15.0
-
-
-class ObjectServer(Protocol):
-    """A real object store on loopback, with one way in that is not the code under test."""
-
-    environment: Mapping[str, str]
-    """What a client needs to find in its environment; credentials are there and nowhere else."""
-
-    def start(self) -> None:
-        """Start, on the data it had, and wait until a request with credentials is answered."""
-        ...
-
-    def kill(self) -> None:
-        """End at once, as a power cut would."""
-        ...
-
-    def make_bucket(self, name: str) -> str:
-        """A new empty bucket; its URL."""
-        ...
-
-    def put(self, bucket: str, key: str, data: bytes) -> None:
-        """Put one object."""
-        ...
-
-    def tree(self, bucket: str, prefix: str) -> dict[str, bytes]:
-        """Every object below `prefix`, by its name relative to it."""
-        ...
 
 
 class ServerProcess:
@@ -55,7 +29,7 @@ class ServerProcess:
         *,
         log: Path,
         ready: Callable[[], None],
-        environment: Mapping[str, str] = {},
+        environment: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         # Where tests are killed, nobody is left to end their servers: the kernel does it.
         tied = shutil.which("setpriv")
@@ -112,6 +86,51 @@ class ServerProcess:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
+
+
+class ObjectServer(ABC):
+    """A real object store on loopback, with one way in that is not the code under test. A context manager."""
+
+    environment: Mapping[str, str]
+    """What a client needs to find in its environment; credentials are there and nowhere else."""
+
+    def __init__(
+        self, command: Sequence[str], *, log: Path, environment: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        self._process = ServerProcess(command, log=log, ready=self._ask, environment=environment)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.stop()
+
+    def start(self) -> None:
+        """Start, on the data it had, and wait until a request with credentials is answered."""
+        self._process.start()
+
+    def kill(self) -> None:
+        """End at once, as a power cut would."""
+        self._process.kill()
+
+    @abstractmethod
+    def make_bucket(self, name: str) -> str:
+        """A new empty bucket; its URL."""
+
+    @abstractmethod
+    def put(self, bucket: str, key: str, data: bytes) -> None:
+        """Put one object."""
+
+    @abstractmethod
+    def tree(self, bucket: str, prefix: str) -> dict[str, bytes]:
+        """Every object below `prefix`, by its name relative to it."""
+
+    @abstractmethod
+    def _ask(self) -> None:
+        """A request with credentials; raises while it is not answered."""
 
 
 def free_port(*, companion: int = 0) -> int:

@@ -2,74 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
-from tests.lanes.commands import Place, demo_inputs, ended, run_words, without_logs
+from tests.lanes.commands import demo_inputs, ended
 from tests.lanes.fault_proxy import FaultProxy
 from tests.lanes.faults import INTERNAL_ERROR, SLOW_DOWN, Cut, Rule, Shorten, Stall
+from tests.lanes.jobs import job, until
 from tests.lanes.seaweedfs import SeaweedFS
 
 pytestmark = [pytest.mark.lane, pytest.mark.timeout(600)]
-
-_buckets = (f"runs-{number}" for number in itertools.count(1))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Job:
-    """A run from a bucket to the same bucket, and the server it stands on."""
-
-    server: SeaweedFS
-    bucket: str
-    place: Place
-    words: tuple[str, ...]
-
-    def tree(self) -> Mapping[str, bytes]:
-        """What the run has left in OUT, logs apart."""
-        return without_logs(self.server.tree(self.bucket, "out"))
-
-    def markers(self) -> int:
-        """How many shards are done."""
-        return sum(name.endswith("_stats.json") for name in self.server.names(self.bucket, "out/"))
-
-
-def job(
-    server: SeaweedFS, inputs: Mapping[str, bytes], work: Path, url: str | None = None, **environment: str
-) -> Job:
-    """`inputs` in a new bucket, and the words of a run over them, with the store at `url`."""
-    bucket = next(_buckets)
-    server.make_bucket(bucket)
-    for name, data in inputs.items():
-        server.put(bucket, f"in/{name}", data)
-    place = Place(work=work, environment=server.environment_at(url or server.url, **environment))
-    source = f"s3://{bucket}/in"
-    words = run_words(f"{source}/recipe.yaml", f"{source}/manifest.yaml", f"s3://{bucket}/out", place)
-    return Job(server=server, bucket=bucket, place=place, words=words)
-
-
-@pytest.fixture(scope="module")
-def inputs(tiny_inputs: Path) -> Mapping[str, bytes]:
-    return {path.name: path.read_bytes() for path in tiny_inputs.iterdir()}
 
 
 @pytest.fixture
 def proxy(seaweed: SeaweedFS) -> Iterator[FaultProxy]:
     with FaultProxy(seaweed.url, seed=7) as proxy:
         yield proxy
-
-
-def until(true: Callable[[], bool], *, within_s: float = 240) -> None:
-    deadline = time.monotonic() + within_s
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @pytest.mark.timeout(1800)

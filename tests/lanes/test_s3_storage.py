@@ -21,6 +21,7 @@ import pytest
 
 from boomerang_batch import storage
 from boomerang_batch.errors import ObjectExistsError, StorageError
+from boomerang_batch.models.fetch import fetch
 from tests.lanes.seaweedfs import SeaweedFS
 
 pytestmark = [pytest.mark.lane, pytest.mark.timeout(300)]
@@ -236,3 +237,22 @@ def test_a_bucket_that_is_not_there_is_told(home: str, tmp_path: Path):
         storage.read_bytes("s3://no-such-bucket/a")
     with pytest.raises(StorageError, match="s3://no-such-bucket/a"):
         storage.publish(random_file(tmp_path / "large", 70_000_000), "s3://no-such-bucket/a")
+
+
+def test_a_model_that_is_replaced_by_one_of_the_same_size_while_it_is_copied_is_noticed(
+    seaweed: SeaweedFS, bucket: str, home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("BOOMERANG_MODELS", str(tmp_path / "copies"))
+    names, real = ("config.json", "unet/weights.safetensors"), storage.download
+    for name in names:
+        seaweed.put(bucket, f"out/{name}", b"old")
+
+    def download(url: str, path: Path) -> None:
+        real(url, path)
+        monkeypatch.setattr(storage, "download", real)
+        for name in names:
+            seaweed.put(bucket, f"out/{name}", b"new")
+
+    monkeypatch.setattr(storage, "download", download)
+    copy = fetch(home, patterns=["*.json", "*.safetensors"])
+    assert {name: (copy / name).read_bytes() for name in names} == dict.fromkeys(names, b"new")

@@ -1,8 +1,9 @@
-"""HTTP/1.1 messages as the bytes they are on a socket: heads and bodies, read without changing any."""
+"""HTTP/1.1 messages as the bytes they are on a socket: heads and bodies, passed on without changing any."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import socket
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from io import BufferedReader
 
@@ -64,6 +65,13 @@ def read_head(stream: BufferedReader) -> Head | None:
         raise BrokenMessageError("an empty line where a head should begin") from error
 
 
+def final_head(stream: BufferedReader) -> Head | None:
+    """The next head that is an answer and no leave to go on, or None when the other side has ended instead."""
+    while (head := read_head(stream)) is not None and head.status == 100:
+        pass
+    return head
+
+
 def request_body(stream: BufferedReader, head: Head) -> Iterator[bytes]:
     """The body of a request, in the framing it came in. Raises BrokenMessageError when it ends too soon."""
     if head.chunked:
@@ -89,6 +97,45 @@ def with_length(head: Head, length: int) -> bytes:
         b"Content-Length: %d\r\n" % length if line.lower().startswith(b"content-length:") else line
         for line in lines
     )
+
+
+def pass_on(
+    client: socket.socket,
+    stream: BufferedReader,
+    request: Head,
+    upstream: socket.socket,
+    answers: BufferedReader,
+) -> tuple[bool, Head | None]:
+    """Send a request on: whether all of it went, and the head of the final answer, None if none came."""
+    upstream.sendall(request.raw)
+    response = None
+    if request.waits_for_leave:
+        response = read_head(answers)
+        if response is None or response.status != 100:
+            return False, response  # the client need not send what it offered
+        client.sendall(response.raw)
+    whole = True
+    body = request_body(stream, request)
+    for piece in body:
+        try:
+            upstream.sendall(piece)
+        except OSError:
+            whole = False  # the store may have answered before it had read everything
+            break
+    return whole, final_head(answers)
+
+
+def send(connection: socket.socket, pieces: Iterable[bytes]) -> None:
+    """Send one piece after the other."""
+    for piece in pieces:
+        connection.sendall(piece)
+
+
+def first(pieces: Iterator[bytes], count: int) -> Iterator[bytes]:
+    """The first `count` bytes."""
+    while count > 0 and (piece := next(pieces, b"")):
+        yield piece[:count]
+        count -= len(piece)
 
 
 def _line(stream: BufferedReader) -> bytes:
