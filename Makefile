@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 OUT ?= demo-out
+MINUTES ?= 30
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -11,7 +12,8 @@ SOURCES := boomerang_batch tests benchmarks k8s
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test test-chaos test-s3 test-cloud test-k8s test-k8s-api check lint format types docs build clean
+.PHONY: help .venv demo test test-chaos test-s3 test-cloud test-cluster soak test-k8s test-k8s-api
+.PHONY: check lint format types docs build clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[.a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,11 +51,17 @@ $(LANES): $(INSTALLED)
 		-c constraints.txt --build-constraints constraints.txt -e '.[dev,text,lanes]'
 	@touch $@
 
-test-s3: $(LANES)  ## Storage and the demo on a real S3 server, with faults on the way; some twenty minutes
+test-s3: $(LANES)  ## Storage and the demo on a real S3 server, with faults on the way; some forty minutes
 	@$(BIN)/python -m pytest -m lane tests/lanes/test_s3_*.py tests/lanes/test_http.py
 
 test-cloud: $(LANES)  ## The same demo on Azurite (from npm) and fake-gcs-server; some ten minutes
 	@$(BIN)/python -m pytest -m lane tests/lanes/test_cloud.py
+
+test-cluster: $(INSTALLED)  ## Jobs on Ray nodes that die, leave, join and hang; needs root; some eight minutes
+	@$(BIN)/python -m pytest -m lane tests/lanes/test_cluster.py
+
+soak: $(LANES)  ## Kills of workers, nodes, driver and store for MINUTES=30 at least, into benchmarks/results
+	@$(BIN)/python benchmarks/soak.py --minutes $(MINUTES)
 
 test-k8s: $(INSTALLED)  ## RayJobs against KubeRay's definitions, which KUBERAY_CRDS must lead to
 	@$(BIN)/python -m pytest -m lane tests/lanes/test_k8s_crds.py

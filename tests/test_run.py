@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from boomerang_batch import storage
 from boomerang_batch.data.manifest import load_manifest
 from boomerang_batch.data.provenance import read_rows
 from boomerang_batch.errors import ConfigError, ManifestError, PrivateDirError, RunMismatchError
@@ -20,6 +21,7 @@ from boomerang_batch.run.inline import InlinePool
 from boomerang_batch.run.private import load_secret
 from boomerang_batch.run.runner import Runner
 from boomerang_batch.run.verify import verify
+from boomerang_batch.storage import remote
 from tests import worlds
 
 pytestmark = pytest.mark.slow
@@ -383,3 +385,23 @@ def test_workers_are_told_where_out_is_whatever_their_folder(
     monkeypatch.chdir(tmp_path)
     assert worlds.run(worlds.recipe(tiny_model), manifest, Path("out")).exit_code == 0
     assert len(list((tmp_path / "out-private" / "links").iterdir())) == 3
+
+
+def test_a_worker_counts_on_the_stores_that_answered_the_driver(tmp_path, tiny_model, monkeypatch):
+    """One that is hired while OUT's store is away must be as patient as those that knew it."""
+    specs, known, real = [], [], Runner.__init__
+
+    def in_another_process(self, spec):
+        specs.append(spec)
+        monkeypatch.setattr(remote, "_reached", set())
+        real(self, spec)
+        known.append(storage.reached())
+
+    monkeypatch.setattr(Runner, "__init__", in_another_process)
+    manifest = worlds.save_shards(tmp_path / "in", shards=1, samples=1)
+    out = "memory://reached/out"
+    worlds.run(worlds.recipe(tiny_model, purpose="augment"), manifest, out)
+    assert "memory://reached" in specs[0].reached
+    assert known == [specs[0].reached]
+    for name in storage.list_tree(out):
+        storage.delete(storage.join(out, name))

@@ -98,6 +98,7 @@ def _execute(
         epoch=holding.epoch,
         # What was probed once is frozen; another time or machine would come to something else.
         batch_size=int(stack["batch_size"]) if "batch_size" in stack else None,
+        reached=storage.reached(),
         log_format=request.log_format,
     )
     pool = _pool(spec, request)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from boomerang_batch import storage
 from boomerang_batch.data.images import Pixels, to_model_values
 from boomerang_batch.data.provenance import BAD, Marker, write_rows
 from boomerang_batch.data.shards import write_shard
@@ -47,6 +48,7 @@ class Runner:
 
     def __init__(self, spec: RunSpec) -> None:
         sweep_scratch()
+        storage.count_on(spec.reached)
         recipe = spec.recipe
         self._spec = spec
         self._private_dir = spec.private_dir if recipe.purpose == "anonymize" else None

@@ -26,6 +26,8 @@ class RunSpec:
     """Of the run's lease on OUT."""
     batch_size: int | None = None
     """What `batch_size: auto` came to in this run, once it is known."""
+    reached: frozenset[str] = frozenset()
+    """Stores that answered the driver: a worker hired while one is away waits, and takes no shard for lost."""
     log_format: Format = "text"
     """Of the lines that a worker of its own process writes to its log."""
 
