@@ -33,13 +33,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)  ## Make an anonymized twin of a small real dataset, with the shipped model
 	@$(BIN)/boomerang-batch demo $(OUT)
 
-# Two processes of one thread each: threads that wait for each other would spin. Slow tests time, kill and start
-# processes themselves, so they go one by one.
-FAST_TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow'
+# Two processes of one thread each: threads that wait for each other would spin. Tests that time, kill and start
+# processes themselves go one by one.
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+TESTS_BESIDE := $(TESTS) -n 2 --dist worksteal
 
 test: $(INSTALLED)  ## Run every test
-	@$(FAST_TESTS)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+	@$(TESTS_BESIDE) -m 'not alone'
+	@$(TESTS) -m alone
 
 test-chaos: $(INSTALLED)  ## The kill test in its long form: 20 workers and 5 drivers killed, some ten minutes
 	@BOOMERANG_CHAOS=long $(BIN)/python -m pytest tests/test_ray.py -k kills
@@ -70,7 +71,7 @@ test-k8s-api: $(INSTALLED)  ## The same, and the launcher, on a real API server:
 	@$(BIN)/python -m pytest -m lane tests/lanes/test_k8s_api.py
 
 check: lint types  ## Before each commit: format, lint, types, layering, docs freshness, fast tests
-	@$(FAST_TESTS)
+	@$(TESTS_BESIDE) -m 'not slow'
 
 lint: $(INSTALLED)  ## Check formatting and lint rules
 	@$(BIN)/ruff format --check $(SOURCES)

@@ -38,6 +38,7 @@ def breaking(monkeypatch: pytest.MonkeyPatch, *numbers: tuple[str, int]):
 BROKEN = (("img00002", 0), ("img00003", 1), ("img00005", 0), ("img00005", 1))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("secret")
 @pytest.mark.parametrize("purpose", ["anonymize", "augment"])
 def test_what_failed_is_mended_and_is_what_it_would_have_been(

@@ -101,6 +101,7 @@ def test_bits_depend_on_neither_company_nor_order_nor_time(sampler, data):
     check_against_alone(sampler, plans, [cut], pauses, latent=latent, encode_batch=encode_batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("latent", [False, True])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_everything_at_once_is_as_if_alone(sampler, latent):

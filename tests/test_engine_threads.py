@@ -24,7 +24,7 @@ from boomerang_batch.diffusion.streams import Stream
 from boomerang_batch.errors import StoppedError
 from tests.engines import SIZE, Tiny, draw, walk_at
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 BATCH = 4
 LONG_S = 20

@@ -230,6 +230,7 @@ worlds.run(worlds.recipe(model, "run.journal_every=4", purpose="augment"), manif
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_kill_in_mid_shard_costs_what_came_after_the_last_segment(tmp_path, tiny_model, calls):
     manifest = worlds.save_shards(tmp_path / "in", shards=1, samples=400)
     out = tmp_path / "out"

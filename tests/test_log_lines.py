@@ -268,6 +268,7 @@ def test_what_is_logged_on_the_way_has_shard_and_key_where_they_may_stand(
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_worker_of_ray_writes_the_same_lines(tmp_path: Path, tiny_model: Path):
     # Sockets lie in it, and a socket's path is short.
     temporary = Path(tempfile.mkdtemp(prefix="bb", dir="/tmp"))

@@ -89,6 +89,7 @@ def test_a_runners_totals_are_what_it_did(tmp_path, tiny_model):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a_scrape_finds_them(tmp_path, tiny_model):
     """What Prometheus would read from the node, while a worker of the run is still there."""

@@ -31,7 +31,7 @@ from boomerang_batch.run.verify import verify
 from boomerang_batch.run.worker import Worker
 from tests import worlds
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning")]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.filterwarnings("ignore::FutureWarning")]
 
 WorkerClass = Worker.__ray_metadata__.modified_class
 LONG = os.environ.get("BOOMERANG_CHAOS") == "long"

@@ -39,6 +39,7 @@ def key(number: int) -> bytes:
     return noise_key(bytes(32), identity=b"%d" % number, variant=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name not in ("large", "optimal", "learned")])
 def test_around_a_region_each_node_has_its_own_noise_level(sampler):
     """Known pixels times alpha, plus noise of sigma: over 300 keys, at every node and in both passes.

@@ -229,6 +229,7 @@ class _Shapes(Tiny):
         return torch.cat([x_t, x_t], 1) if self.spec.learned_variance else x_t * 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["ddpm", "2m", "learned"])
 @pytest.mark.parametrize("latent", [False, True])
 def test_nothing_waits_for_the_device(sampler, latent, monkeypatch):
