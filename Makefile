@@ -12,8 +12,7 @@ SOURCES := boomerang_batch tests benchmarks k8s
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test test-chaos test-s3 test-cloud test-cluster soak test-k8s test-k8s-api
-.PHONY: check lint format types docs build clean
+.PHONY: help .venv demo test test-chaos test-s3 test-cloud test-cluster soak test-k8s test-k8s-api check lint format types docs build clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[.a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,7 +57,7 @@ test-s3: $(LANES)  ## Storage and the demo on a real S3 server, with faults on t
 test-cloud: $(LANES)  ## The same demo on Azurite (from npm) and fake-gcs-server; some ten minutes
 	@$(BIN)/python -m pytest -m lane tests/lanes/test_cloud.py
 
-test-cluster: $(INSTALLED)  ## Jobs on Ray nodes that die, leave, join and hang; needs root; some eight minutes
+test-cluster: $(INSTALLED)  ## Jobs on Ray nodes that die, leave, join and hang; needs root; some ten minutes
 	@$(BIN)/python -m pytest -m lane tests/lanes/test_cluster.py
 
 soak: $(LANES)  ## Kills of workers, nodes, driver and store for MINUTES=30 at least, into benchmarks/results

@@ -193,7 +193,7 @@ def main() -> int:
     parser.add_argument("--shards", type=int, default=500)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     parser.add_argument("--every", type=float, default=30, metavar="S", help="mean seconds between disasters")
-    parser.add_argument("--call", type=float, default=0.5, metavar="S", help="what a network call takes longer")
+    parser.add_argument("--call", type=float, default=0.8, metavar="S", help="what a network call takes longer")
     parser.add_argument(
         "--chronicle", type=Path, default=Path(tempfile.gettempdir(), f"soak-{os.getpid()}.txt")
     )

@@ -31,6 +31,7 @@ _PASSING_KINDS = {
     "ClientConnectionError",  # aiohttp: no connection, or one that broke
     "ClientPayloadError",  # aiohttp: a body cut short
     "HTTPClientError",  # botocore: connections and timeouts
+    "ConnectionError",  # botocore: no connection; the cause tells too, but is lost while another is handled
     "ResponseParserError",  # botocore: an answer that ends in the middle
     "ServiceRequestError",  # azure: no connection
     "ServiceResponseError",  # azure: one that broke

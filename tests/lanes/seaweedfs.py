@@ -17,17 +17,24 @@ _FIX = "make test-s3 installs it; by hand: pip install -e '.[lanes]' -c constrai
 class SeaweedFS(ObjectServer):
     """A server of its own data, ports and credentials. See ObjectServer."""
 
-    def __init__(self, folder: Path, *, access_key: str | None = None, secret_key: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        access_key: str | None = None,
+        secret_key: str | None = None,
+        host: str = "127.0.0.1",
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         port = free_port(companion=_GRPC_ABOVE)
-        self.url = f"http://127.0.0.1:{port}"
+        self.url = f"http://{host}:{port}"
         self.access_key = access_key or f"LANE{secrets.token_hex(8).upper()}"
         self.secret_key = secret_key or secrets.token_hex(20)
         self.environment = self.environment_at(self.url)
         options = {
             "dir": str(folder / "data"),
-            "ip": "127.0.0.1",
-            "ip.bind": "127.0.0.1",
+            "ip": host,
+            "ip.bind": host,
             "s3.port": str(port),
             "s3.autoCreateBucket": "false",
             "s3.port.iceberg": "0",
@@ -38,7 +45,7 @@ class SeaweedFS(ObjectServer):
         }
         for name in ("master", "volume", "filer"):
             options[f"{name}.port"] = str(free_port(companion=_GRPC_ABOVE))
-        self._filer = f"http://127.0.0.1:{options['filer.port']}"
+        self._filer = f"http://{host}:{options['filer.port']}"
         (folder / "data").mkdir(exist_ok=True)
         command = [find_program("weed", fix=_FIX), f"-logdir={folder}", "mini"]
         super().__init__(

@@ -1,4 +1,4 @@
-"""storage/s3.py: a time in an answer of S3 is what botocore takes it for."""
+"""What is taken for granted of S3's own client: its errors, and what it takes a time in an answer for."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from boomerang_batch.storage.retries import may_pass
 from boomerang_batch.storage.s3 import read_time
 
 pytestmark = pytest.mark.lane
@@ -27,3 +28,22 @@ def test_digits_alone_are_left_to_botocore():
 
     for digits in ("1700000000", "20261122", 1700000000):
         assert read_time(digits) == parse_timestamp(digits)
+
+
+def test_a_lost_connection_may_pass_whatever_else_is_being_handled():
+    """What is raised anew within an `except` has that error for its context, in place of its own cause."""
+    from botocore.exceptions import EndpointConnectionError
+
+    lost = EndpointConnectionError(endpoint_url="http://127.0.0.1:9")
+    lost.__context__ = ConnectionRefusedError()
+
+    def raise_anew() -> None:
+        raise lost
+
+    try:
+        raise KeyError("what the caller is busy with")
+    except KeyError:
+        with pytest.raises(EndpointConnectionError):
+            raise_anew()
+    assert isinstance(lost.__context__, KeyError)
+    assert may_pass(lost)
