@@ -64,7 +64,7 @@ class Idle:
             recipe_digest=self._spec.recipe.digest,
         )  # fmt: skip
         Path(self._spec.out, f"{task.name}_stats.json").write_bytes(marker.to_bytes())
-        return ShardReport(name=task.name, status="done")
+        return ShardReport(name=task.name, status="done", marker_bytes=len(marker.to_bytes()))
 
     def state(self) -> Any:
         """Always well."""

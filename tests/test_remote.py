@@ -195,11 +195,6 @@ def test_a_process_is_told_what_another_of_its_run_has_reached(web, monkeypatch)
     assert storage.read_bytes(web.url) == CONTENT
 
 
-def test_stores_at_two_endpoints_are_two_places():
-    urls = [storage.at_endpoint("s3://bucket/a", {"endpoint_url": f"http://host-{each}"}) for each in "ab"]
-    assert len({remote.Remote(url)._place for url in urls}) == 2
-
-
 @pytest.mark.parametrize(
     "write",
     [

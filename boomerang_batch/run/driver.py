@@ -153,7 +153,9 @@ def _work(
                 reports[report.name] = report
                 telemetry.shard(report)
                 if report.status == "done":
-                    markers.remember(report.name, Told(request.recipe.digest, report.counts))
+                    markers.remember(
+                        report.name, Told(request.recipe.digest, report.counts, report.marker_bytes)
+                    )
                 if time.monotonic() - published_at > _PUBLISH_LOG_EVERY_S:
                     _publish_logs(out, stamp, telemetry, markers)
                     published_at = time.monotonic()

@@ -2,7 +2,8 @@
 
 An index under OUT/logs keeps it for the runs to come, which then need a listing and that one object instead of
 a request for each shard, of which there may be a hundred thousand. The index proves nothing: a shard is done if
-its marker is in the listing, and the index only spares reading it again. It may be deleted at any time.
+its marker is listed, and the index only spares reading it again as long as it has the size it had. It may be
+deleted at any time.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ class Told(NamedTuple):
 
     recipe_digest: str
     counts: Mapping[str, int]
+    size_bytes: int
+    """Of the marker."""
 
 
 class Markers:
@@ -43,9 +46,10 @@ class Markers:
         try:
             index = json.loads(storage.read_bytes(self._url))
             if index["format_version"] == _FORMAT_VERSION:
-                told = {digest: dict(shards) for digest, shards in index["told"].items()}
                 self._known = {
-                    name: Told(digest, counts) for digest, of in told.items() for name, counts in of.items()
+                    name: Told(digest, dict(counts), int(size_bytes))
+                    for digest, shards in index["told"].items()
+                    for name, (size_bytes, counts) in shards.items()
                 }
                 self.compared = bool(index["compared"])
         except (ObjectMissingError, ValueError, KeyError, TypeError, AttributeError):
@@ -55,15 +59,21 @@ class Markers:
     def _url(self) -> str:
         return storage.join(self._out, LOGS_NAME, INDEX_NAME)
 
-    def read(self, names: Collection[str]) -> Mapping[str, Told]:
-        """What the markers of these shards say; none for one that is torn, gone again or another shard's."""
-        unknown = iter(sorted(set(names) - self._known.keys()))
+    def read(self, sizes: Mapping[str, int]) -> Mapping[str, Told]:
+        """What the markers of these shards say, which have these sizes.
+
+        Nothing of one that is torn, gone again or another shard's.
+        """
+        for name in [name for name in sizes if name in self._known]:
+            if self._known[name].size_bytes != sizes[name]:
+                del self._known[name]
+        unknown = iter(sorted(sizes.keys() - self._known.keys()))
         with ThreadPoolExecutor(_READERS) as readers:
             while block := list(itertools.islice(unknown, _AT_ONCE)):
                 for name, marker in zip(block, readers.map(self._read, block), strict=True):
                     if marker is not None:
                         self.remember(name, marker)
-        return {name: self._known[name] for name in names if name in self._known}
+        return {name: self._known[name] for name in sizes if name in self._known}
 
     def remember(self, name: str, told: Told) -> None:
         """A marker is known, because whoever committed it says so."""
@@ -81,13 +91,13 @@ class Markers:
 
     def save(self) -> None:
         """Publish the index. Raises StorageError."""
-        told: dict[str, dict[str, Mapping[str, int]]] = defaultdict(dict)
-        for name, (digest, counts) in sorted(self._known.items()):
-            told[digest][name] = counts
+        told: dict[str, dict[str, tuple[int, Mapping[str, int]]]] = defaultdict(dict)
+        for name, one in sorted(self._known.items()):
+            told[one.recipe_digest][name] = (one.size_bytes, one.counts)
         index = {"format_version": _FORMAT_VERSION, "compared": self.compared, "told": told}
         storage.make_folder(storage.join(self._out, LOGS_NAME))
         storage.publish_bytes(json.dumps(index, separators=(",", ":")).encode(), self._url)
 
     def _read(self, name: str) -> Told | None:
         marker = read_marker(self._out, name)
-        return None if marker is None else Told(marker.recipe_digest, marker.counts)
+        return None if marker is None else Told(marker.recipe_digest, marker.counts, len(marker.to_bytes()))

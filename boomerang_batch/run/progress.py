@@ -84,23 +84,24 @@ class Looks:
 
     def look(self) -> Progress:
         """Look now. Raises StorageError when OUT can't be listed, RunMismatchError for a broken run.json."""
-        names = storage.list_names(self._out)
+        found = storage.list_sizes(self._out, MARKER_SUFFIX)
         record = read_record(self._out)
-        stems = {name.removesuffix(MARKER_SUFFIX) for name in names if name.endswith(MARKER_SUFFIX)}
-        mended = appendices(names)
+        sizes = {name.removesuffix(MARKER_SUFFIX): size_bytes for name, size_bytes in found.items()}
+        stems = set(sizes)
+        mended = appendices(found)
         stems -= set(itertools.chain.from_iterable(mended.values()))
         if record is not None:
             stems &= set(record.shards)
         again = itertools.chain.from_iterable(mended.get(stem, ()) for stem in stems)
         if self._markers is None:
             self._markers = Markers(self._out)
-        told = self._markers.read({*stems, *again})
+        told = self._markers.read({name: sizes[name] for name in {*stems, *again}})
         done = {stem for stem in stems if stem in told and _belongs(told[stem], record)}
         rows: Counter[str] = Counter()
         for stem in done:
             appended = (told[name].counts for name in mended.get(stem, ()) if name in told)
             rows.update(current_counts(told[stem].counts, appended))
-        session = self._newest_session() if LOGS_NAME in names else Session()
+        session = self._newest_session()
         return Progress(
             at_s=time.time(),
             shards=None if record is None else len(record.shards),

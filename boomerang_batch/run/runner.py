@@ -86,7 +86,7 @@ class Runner:
         self._count("tasks")
         try:
             with log_lines.about(**self._about(task)), scratch_folder() as scratch:
-                counts = self._run(task, scratch, stopped, progress)
+                marker = self._run(task, scratch, stopped, progress)
         except StoppedError as error:
             return ShardReport(name=task.name, status="stopped", reason=str(error))
         except ShardError as error:
@@ -103,7 +103,11 @@ class Runner:
         finally:
             self._count("tasks", -1)
         return ShardReport(
-            name=task.name, status="done", counts=counts, seconds=round(time.monotonic() - started, 3)
+            name=task.name,
+            status="done",
+            counts=marker.counts,
+            marker_bytes=len(marker.to_bytes()),
+            seconds=round(time.monotonic() - started, 3),
         )
 
     @property
@@ -122,7 +126,7 @@ class Runner:
 
     def _run(
         self, task: Task, scratch: Path, stopped: Callable[[], bool], progress: Callable[[int], None]
-    ) -> dict[str, int]:
+    ) -> Marker:
         """Draw everything into a ledger, then commit it."""
         spec = self._spec
         every = spec.recipe.run.journal_every * spec.recipe.outputs
@@ -147,7 +151,7 @@ class Runner:
             ).run()
             return self._commit(ledger, task, scratch)
 
-    def _commit(self, ledger: Ledger, task: Task, scratch: Path) -> dict[str, int]:
+    def _commit(self, ledger: Ledger, task: Task, scratch: Path) -> Marker:
         tar, provenance = scratch / "shard.tar", scratch / "provenance.parquet"
         write_shard(tar, ledger.samples())
         write_rows(provenance, (row for _, row in ledger.rows()))
@@ -172,7 +176,7 @@ class Runner:
         self._count("outputs_total", sum(counts.values()))
         if BAD & counts.keys():
             _log_failures(task, ledger)
-        return counts
+        return marker
 
     def _about(self, task: Task) -> dict[str, str]:
         """What every log line on a task carries.

@@ -26,12 +26,12 @@ class Survey:
 
 def survey(out: str, markers: Markers, tasks: Sequence[Task], recipe_digest: str) -> Survey:
     """Look at OUT now. Raises StorageError, and RunMismatchError for a shard that another recipe made."""
-    names = storage.list_names(out)
-    there = frozenset(name.removesuffix(MARKER_SUFFIX) for name in names if name.endswith(MARKER_SUFFIX))
-    markers.forget_all_but(there)
-    more = appendices(names)
-    wanted = [task.name for task in tasks if task.name in there]
-    told = markers.read([each for name in wanted for each in (name, *more.get(name, ()))])
+    found = storage.list_sizes(out, MARKER_SUFFIX)
+    sizes = {name.removesuffix(MARKER_SUFFIX): size_bytes for name, size_bytes in found.items()}
+    markers.forget_all_but(sizes)
+    more = appendices(found)
+    wanted = [task.name for task in tasks if task.name in sizes]
+    told = markers.read({each: sizes[each] for name in wanted for each in (name, *more.get(name, ()))})
     done, todo = [], []
     for task in tasks:
         if task.name not in told:
@@ -44,4 +44,4 @@ def survey(out: str, markers: Markers, tasks: Sequence[Task], recipe_digest: str
                 appended = (told[name].counts for name in more[task.name] if name in told)
                 counts = current_counts(counts, appended)
             done.append(ShardReport(name=task.name, status="there", counts=counts))
-    return Survey(done=done, todo=todo, committed=there)
+    return Survey(done=done, todo=todo, committed=frozenset(sizes))

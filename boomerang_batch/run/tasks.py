@@ -87,6 +87,8 @@ class ShardReport:
     """done, there (done by an earlier run), quarantined, or stopped."""
     counts: Mapping[str, int] = field(default_factory=dict)
     """Rows by their status."""
+    marker_bytes: int = 0
+    """Size of the marker that was committed, if one was."""
     reason: str = ""
     seconds: float = 0.0
 

@@ -51,6 +51,7 @@ __all__ = [
     "is_local",
     "join",
     "list_names",
+    "list_sizes",
     "list_tree",
     "local_path",
     "lying_in",
@@ -108,6 +109,20 @@ def list_names(folder: str) -> list[str]:
         else:
             names = Remote(folder).names()
         return sorted(name for name in names if not local.is_temporary(name))
+
+
+def list_sizes(folder: str, suffix: str) -> dict[str, int]:
+    """Size in bytes of every object directly below `folder` whose name ends with `suffix`, by name.
+
+    None when the folder is not there. Unfinished files don't count.
+    """
+    with _named("list", folder):
+        if is_local(folder):
+            path = local_path(folder)
+            found = local.sizes(path, suffix) if path.is_dir() else {}
+        else:
+            found = Remote(folder).sizes()
+        return {name: found[name] for name in sorted(found) if name.endswith(suffix)}
 
 
 def list_tree(folder: str) -> dict[str, str]:

@@ -42,6 +42,17 @@ def sweep(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def sizes(folder: Path, suffix: str) -> dict[str, int]:
+    """Size in bytes of each file directly below `folder` whose name ends with `suffix`, by name."""
+    found = {}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.endswith(suffix):
+                with contextlib.suppress(FileNotFoundError):  # gone again
+                    found[entry.name] = entry.stat().st_size
+    return found
+
+
 def is_temporary(name: str) -> bool:
     """Whether a file of this name is an unfinished one."""
     return name.startswith(".") and name.endswith(_TEMPORARY_SUFFIX) and "@" in name

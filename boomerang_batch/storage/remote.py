@@ -118,6 +118,15 @@ class Remote:
             return []
         return [str(path).rstrip("/").rsplit("/", 1)[-1] for path in found]
 
+    def sizes(self) -> dict[str, int]:
+        """The same of objects alone, each with its size in bytes."""
+        try:
+            found = self._ask(lambda: self._filesystem.ls(self._path, detail=True), "list")
+        except FileNotFoundError:
+            return {}
+        files = [info for info in found if info["type"] == "file"]
+        return {str(info["name"]).rsplit("/", 1)[-1]: int(info["size"]) for info in files}
+
     def tree(self) -> dict[str, str]:
         """What is below, at any depth: what tells an object's state, by its name relative to this one."""
         found = self._ask(lambda: self._filesystem.find(self._path, detail=True), "list")

@@ -8,6 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from boomerang_batch import storage
+from boomerang_batch.storage import remote
 from boomerang_batch.storage.retries import may_pass
 from boomerang_batch.storage.s3 import read_time
 
@@ -47,3 +49,8 @@ def test_a_lost_connection_may_pass_whatever_else_is_being_handled():
             raise_anew()
     assert isinstance(lost.__context__, KeyError)
     assert may_pass(lost)
+
+
+def test_stores_at_two_endpoints_are_two_places():
+    urls = [storage.at_endpoint("s3://bucket/a", {"endpoint_url": f"http://host-{each}"}) for each in "ab"]
+    assert len({remote.Remote(url)._place for url in urls}) == 2
