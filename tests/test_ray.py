@@ -191,6 +191,8 @@ def test_a_worker_that_hangs_while_it_loads_is_replaced(
     class Away:
         """What is read from a file system that is away."""
 
+        reached = frozenset()
+
         @property
         def recipe(self):
             hung.touch()
