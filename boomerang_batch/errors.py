@@ -13,6 +13,7 @@
     ├── ShardError                 exit 1   a shard that can't be processed at all
     ├── SampleError                exit 3   one sample that can't be processed: becomes a provenance row
     ├── VerificationError          exit 1   an output that is not what its records say
+    ├── MeasureError               exit 1   a measure that can't be taken, or would mean nothing
     └── StoppedError               exit 75  asked to stop, or no worker came; what is committed stays
         └── LeaseError                      another run holds OUT, or has taken it over
 
@@ -88,6 +89,10 @@ class SampleError(BoomerangError):
 
 
 class VerificationError(BoomerangError):
+    pass
+
+
+class MeasureError(BoomerangError):
     pass
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -119,9 +120,9 @@ class Play:
 
     def wait(self, calls: Sequence[Call], *, num_returns: int = 1, timeout: float | None) -> tuple[list, list]:
         assert timeout is not None, "a wait that nothing can end"
-        ready = next((call for call in calls if call.settle()), None)
-        self.now += timeout if ready is None else 0.0
-        return ([], list(calls)) if ready is None else ([ready], [call for call in calls if call is not ready])
+        ready = [*itertools.islice((call for call in calls if call.settle()), num_returns)]
+        self.now += timeout if len(ready) < num_returns else 0.0
+        return ready, [call for call in calls if call not in ready]
 
     def get(self, call: Call) -> Any:
         return call.get()
@@ -628,7 +629,7 @@ def test_a_worker_that_takes_too_long_to_load_is_replaced(hours, caplog):
     play = Play(run=done, load=load, state=lambda actor: WorkerState(loading_s=play.now))
     assert work(hours(play, "run.load_deadline_s=7000"), "a")["a"].status == "done"
     assert [actor.number for actor in play.killed][:1] == [0]
-    assert "it was loading the model for 7001 s (run.load_deadline_s: 7000)" in caplog.text
+    assert "it was loading the model for 7000 s (run.load_deadline_s: 7000)" in caplog.text
     assert 7000 <= play.now < 7010
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from boomerang_batch.errors import ManifestError, VerificationError
+from boomerang_batch.errors import ManifestError, StoppedError, VerificationError
 from boomerang_batch.run import keys as module
 from boomerang_batch.run.keys import KeyRegistry, KeyWatch
 
@@ -73,7 +74,7 @@ def watch(out: Path, *stems: str) -> None:
     with KeyWatch(str(out), manifest="photos") as keys:
         for stem in stems:
             keys.add(stem)
-        keys.finish()
+        keys.finish(threading.Event())
 
 
 def test_the_watch_finds_one_among_many(tmp_path: Path):
@@ -102,6 +103,22 @@ def test_the_watch_tells_before_the_end(tmp_path: Path):
         keys.add("two")
         with pytest.raises(ManifestError, match="key a"):
             _add_for(keys, "without", seconds=20)
+
+
+def test_a_stop_ends_the_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked, go_on = threading.Event(), threading.Event()
+    monkeypatch.setattr(module, "read_keys", lambda out, stem: asked.set() or (go_on.wait(60) and []))
+    stop = threading.Event()
+    with KeyWatch(str(tmp_path), manifest="photos") as keys:
+        keys.add("one")
+        assert asked.wait(20)
+        threading.Timer(0.3, stop.set).start()
+        with pytest.raises(StoppedError, match="before the keys of all shards were compared"):
+            keys.finish(stop)
+        go_on.set()
+        for reader in keys._readers:
+            reader.join(20)
+        keys.finish(stop)  # nothing is left to wait for
 
 
 def test_a_file_that_is_none_is_told(tmp_path: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from boomerang_batch.data.provenance import Marker
-from boomerang_batch.errors import RunMismatchError
+from boomerang_batch.errors import RunMismatchError, StoppedError
 from boomerang_batch.run import markers as module
 from boomerang_batch.run.markers import Markers, Told
 from boomerang_batch.run.survey import survey
@@ -143,3 +144,31 @@ def test_a_finished_run_asked_for_again_reads_its_index_alone(
     events = sorted((tmp_path / "out" / "logs").glob("*.jsonl"))
     [event] = map(json.loads, events[-1].read_text().splitlines())
     assert (event["event"], event["shards"], event["counts"]) == ("resumed", 3, {"ok": 6})
+
+
+def test_a_stop_after_the_last_shard_says_that_keys_were_not_compared(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from boomerang_batch.run import keys
+
+    manifest = worlds.save_shards(tmp_path / "in", shards=2, samples=2)
+    recipe = worlds.recipe(tiny_model, purpose="augment")
+    stop, go_on, added = threading.Event(), threading.Event(), []
+    real_add, real_read = keys.KeyWatch.add, keys.read_keys
+
+    def add(watch: keys.KeyWatch, stem: str) -> None:
+        real_add(watch, stem)
+        added.append(stem)
+        if len(added) == 2:
+            stop.set()
+
+    monkeypatch.setattr(keys.KeyWatch, "add", add)
+    monkeypatch.setattr(keys, "read_keys", lambda out, stem: go_on.wait(60) and real_read(out, stem))
+    with pytest.raises(StoppedError, match="before the keys"):
+        worlds.run(recipe, manifest, tmp_path / "out", stop=stop)
+    go_on.set()
+    index = json.loads((tmp_path / "out" / "logs" / module.INDEX_NAME).read_text())
+    assert (sorted(*index["told"].values()), index["compared"]) == (["s-000", "s-001"], False)
+    monkeypatch.undo()
+    again = worlds.run(recipe, manifest, tmp_path / "out")
+    assert (again.exit_code, again.shards["there"]) == (0, 2)

@@ -13,7 +13,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from boomerang_batch.errors import BoomerangError, RunMismatchError, StoppedError
@@ -155,11 +155,12 @@ class Crew:
 
     def ask(self, progress: Callable[[str, int], None]) -> Iterator[tuple[Member, str]]:
         """Ask all at work how they are, and tell `progress`. Yields those that can't go on, and why."""
-        for member in [member for member in self.members if member.loading is None and member.tasks]:
-            if member.ask(len(self.members)):
-                for task in member.tasks.values():
-                    if task.name in member.state.finished:
-                        progress(task.name, member.state.finished[task.name])
+        at_work = [member for member in self.members if member.loading is None and member.tasks]
+        for member in self._hear(at_work):
+            for task in member.tasks.values():
+                if task.name in member.state.finished:
+                    progress(task.name, member.state.finished[task.name])
+        for member in at_work:
             trouble = member.trouble(self._spec.recipe.run)
             if trouble:
                 yield member, trouble
@@ -177,10 +178,21 @@ class Crew:
         if self._owns_ray:
             ray_cluster.leave()
 
+    def _hear(self, members: Sequence[Member]) -> list[Member]:
+        """Those of them that have answered how they are; others are asked, or given time."""
+        asked = {member.asked: member for member in members if member.asked is not None}
+        answered = [asked[reference] for reference in ray_cluster.answered([*asked], timeout_s=0)]
+        for member in answered:
+            member.hear()
+        for member in members:
+            member.ask(len(self.members))
+        return answered
+
     def _watch_loading(self) -> None:
         """Turn away those that hang, and say what is waited for while nobody is ready."""
-        for member in [member for member in self.members if member.loading is not None]:
-            member.ask(len(self.members))
+        loading = [member for member in self.members if member.loading is not None]
+        self._hear(loading)
+        for member in loading:
             trouble = member.trouble(self._spec.recipe.run)
             if trouble:
                 self._turn_away(member, trouble)

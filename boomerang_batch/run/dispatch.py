@@ -99,7 +99,9 @@ class RayPool:
             time.sleep(_POLL_S)  # for a machine, or for the next try at hiring
             return
         for reference in ray_cluster.answered(pending, timeout_s=_POLL_S):
-            member = next(one for one in members if reference in one.tasks or reference == one.loading)
+            member = next((one for one in members if reference in one.tasks or reference == one.loading), None)
+            if member is None:
+                continue  # it was buried for another of these answers
             if reference == member.loading:
                 self._crew.welcome(member)
                 continue

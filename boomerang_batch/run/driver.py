@@ -164,8 +164,9 @@ def _work(
                     stop.set()
                 if comparing and report.status in ("done", "there") and not is_appendix(report.name):
                     keys.add(report.name)
-            if comparing and not stop.is_set():
-                keys.finish()
+            all_over = all(task.name in reports and reports[task.name].status != "stopped" for task in todo)
+            if comparing and all_over and not gave_up:
+                keys.finish(stop)
                 markers.compared = True
         finally:
             _publish_logs(out, stamp, telemetry, markers)

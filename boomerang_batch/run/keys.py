@@ -18,10 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from boomerang_batch import storage
-from boomerang_batch.errors import ManifestError, VerificationError
+from boomerang_batch.errors import ManifestError, StoppedError, VerificationError
 from boomerang_batch.run.commit import PROVENANCE_SUFFIX
 
 _READERS = 8
+_ASK_STOP_EVERY_S = 0.2
 
 
 class _Sorted(NamedTuple):
@@ -103,16 +104,22 @@ class KeyWatch:
         self._stems.put(stem)
         self._complain()
 
-    def finish(self) -> None:
+    def finish(self, stop: threading.Event) -> None:
         """Wait until all is compared.
 
-        Raises ManifestError for a key that is in two shards, and StorageError or VerificationError for a
-        provenance file that can't be read.
+        Raises StoppedError where `stop` is set before that, ManifestError for a key that is in two shards, and
+        StorageError or VerificationError for a provenance file that can't be read.
         """
         for _ in self._readers:
             self._stems.put(None)
         for reader in self._readers:
-            reader.join()
+            while reader.is_alive():
+                if stop.is_set():
+                    raise StoppedError(
+                        "stopped before the keys of all shards were compared; "
+                        "run the same command to compare them"
+                    )
+                reader.join(_ASK_STOP_EVERY_S)
         self._complain()
 
     def _complain(self) -> None:

@@ -64,19 +64,17 @@ class Member:
         self.stopping = True
         self.actor.stop.remote()
 
-    def ask(self, workers: int) -> bool:
-        """Ask it how it is, or look for the answer; True when there is one. `workers` are all there are."""
-        if self.asked is None:
-            if time.monotonic() - self.asked_at > _ASK_EVERY_S + _ASK_S_PER_WORKER * workers:
-                self.asked, self.asked_at = self.actor.state.remote(), time.monotonic()
-            return False
-        if not ray_cluster.answered([self.asked], timeout_s=0):
-            return False
+    def ask(self, workers: int) -> None:
+        """Ask it how it is, if it is time to. `workers` are all there are."""
+        due_s = _ASK_EVERY_S + _ASK_S_PER_WORKER * workers
+        if self.asked is None and time.monotonic() - self.asked_at > due_s:
+            self.asked, self.asked_at = self.actor.state.remote(), time.monotonic()
+
+    def hear(self) -> None:
+        """Take its answer, which is there."""
         reference, self.asked = self.asked, None
         with contextlib.suppress(*ray_cluster.DEATHS):  # its other calls' references will tell
             self.state, self.started = ray_cluster.answer(reference), True
-            return True
-        return False
 
     def trouble(self, limits: RunOptions) -> str:
         """Why it is in no state to go on; nothing if it is."""

@@ -83,8 +83,11 @@ def leaving() -> dict[str, float]:
 
 
 def answered(references: Sequence[Any], *, timeout_s: float) -> list[Any]:
-    """Those calls that have an answer, once there is one or time is over; more may have one by then."""
-    ready, _ = ray.wait(list(references), num_returns=1, timeout=timeout_s)
+    """Those calls that have an answer, as soon as there are any or time is over."""
+    calls = list(references)
+    if not calls or not ray.wait(calls, num_returns=1, timeout=timeout_s)[0]:
+        return []
+    ready, _ = ray.wait(calls, num_returns=len(calls), timeout=0)
     return list(ready)
 
 
