@@ -6,13 +6,13 @@ MINUTES ?= 30
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-SOURCES := boomerang_batch tests benchmarks k8s
+SOURCES := boomerang_batch tests benchmarks k8s examples
 
 # Without cached bytecode every process that imports torch and diffusers spends 20 s compiling it anew.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test test-chaos test-s3 test-cloud test-cluster soak test-k8s test-k8s-api check lint format types docs build clean
+.PHONY: help .venv demo test test-chaos test-s3 test-cloud test-cluster test-faces test-browser soak test-k8s test-k8s-api check lint format types docs build clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[.a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,6 +59,18 @@ test-cloud: $(LANES)  ## The same demo on Azurite (from npm) and fake-gcs-server
 
 test-cluster: $(INSTALLED)  ## Jobs on Ray nodes that die, leave, join and hang; needs root; some ten minutes
 	@$(BIN)/python -m pytest -m lane tests/lanes/test_cluster.py
+
+FACES := .venv/.faces
+$(FACES): $(INSTALLED)
+	@UV_FIND_LINKS="$(PIP_FIND_LINKS)" $(BIN)/uv pip install --quiet --python $(BIN)/python \
+		-c constraints.txt --build-constraints constraints.txt -e '.[dev,text,faces]'
+	@touch $@
+
+test-faces: $(FACES)  ## dlib's faces on photographs of 40 people, fetched once; some three minutes
+	@$(BIN)/python -m pytest -m lane tests/lanes/test_faces.py
+
+test-browser: $(LANES)  ## Reports in a real Chromium, on PATH or where CHROMIUM says; some two minutes
+	@$(BIN)/python -m pytest -m lane tests/lanes/test_report_browser.py
 
 soak: $(LANES)  ## Kills of workers, nodes, driver and store for MINUTES=30 at least, into benchmarks/results
 	@$(BIN)/python benchmarks/soak.py --minutes $(MINUTES)

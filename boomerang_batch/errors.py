@@ -14,6 +14,7 @@
     ├── SampleError                exit 3   one sample that can't be processed: becomes a provenance row
     ├── VerificationError          exit 1   an output that is not what its records say
     ├── MeasureError               exit 1   a measure that can't be taken, or would mean nothing
+    ├── GateError                  exit 4   outputs that do not keep the limits they were to keep
     └── StoppedError               exit 75  asked to stop, or no worker came; what is committed stays
         └── LeaseError                      another run holds OUT, or has taken it over
 
@@ -94,6 +95,10 @@ class VerificationError(BoomerangError):
 
 class MeasureError(BoomerangError):
     pass
+
+
+class GateError(BoomerangError):
+    exit_code = 4
 
 
 class StoppedError(BoomerangError):

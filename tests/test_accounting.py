@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from boomerang_batch import shipped
-from boomerang_batch.config.accounting import account, mu, two_candidate_accuracy
+from boomerang_batch.config.accounting import account, mu
 from boomerang_batch.config.blocks import Sampler
 from boomerang_batch.config.features import FEATURES
 from boomerang_batch.config.messages import blocks_in
 from boomerang_batch.config.pipeline import Recipe, parse_recipe
+from boomerang_batch.measures.bound import two_candidate_accuracy
 
 PRIVATE = {
     "name": "a-test",

@@ -84,8 +84,3 @@ def mu(delta: float, sigmas: Sequence[float]) -> float:
     if 0 in sigmas:
         return math.inf
     return math.sqrt(math.fsum((delta / sigma) ** 2 for sigma in sigmas))
-
-
-def two_candidate_accuracy(mu: float) -> float:
-    """Phi(mu / 2), in 1/2..1: how often the best attack tells which of two candidates the source was."""
-    return 0.5 * math.erfc(-mu / (2 * math.sqrt(2)))
