@@ -11,6 +11,7 @@ from boomerang_batch.config.pipeline import FieldPolicy, ImagePolicy
 from boomerang_batch.data import fields
 from boomerang_batch.data.shards import Sample
 from boomerang_batch.errors import SampleError
+from tests import broken
 
 ABOUT = {
     "url": "http://MARK-URL/",
@@ -126,6 +127,30 @@ def test_a_careless_default_lets_no_image_and_no_json_key_through():
     found = travelling(default="keep")
     assert found == {"cls": b"7\n", "txt": b"MARK-CAPTION", "json": b"{}", "npy": b"MARK-BYTES"}
     assert travelling(default="keep", fields={"seg.png": "keep"})["seg.png"] == b"MARK-MASK"
+
+
+@pytest.mark.parametrize(
+    "picture",
+    [
+        broken.saved(broken.grey(), "gif"),
+        broken.saved(broken.grey(), "tiff"),
+        broken.saved(broken.grey(), "bmp"),
+        broken.saved(broken.grey(), "jpeg"),
+        b"\0\0\0\x1cftypheic",
+        b"\0\0\0\x20ftypisom",
+        b"%PDF-1.7",
+    ],
+)
+@pytest.mark.parametrize("field", ["gif", "thumbnail", "preview.bin"])
+def test_a_careless_default_lets_no_picture_through_whatever_it_is_called(field, picture):
+    assert field not in travelling(sample(**{field: picture}), default="keep")
+    assert travelling(sample(**{field: picture}), fields={field: "keep"}) == {field: picture}
+    assert travelling(sample(**{field: picture}), purpose="augment")[field] == picture
+
+
+@pytest.mark.parametrize("text", [b"BMW, parked", b"II", b"MM", b"", b"PDF", b"7"])
+def test_texts_that_begin_like_pictures_are_texts(text):
+    assert travelling(sample(txt=text), default="keep")["txt"] == text
 
 
 def test_pseudonyms_of_fields_and_json_values():

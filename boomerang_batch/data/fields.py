@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from boomerang_batch.config.pipeline import FieldAction, FieldPolicy, ImagePolicy
-from boomerang_batch.data.formats import EXTENSIONS
+from boomerang_batch.data.formats import EXTENSIONS, looks_like_image
 from boomerang_batch.data.shards import Sample
 from boomerang_batch.errors import SampleError
 
@@ -80,7 +80,8 @@ def travelling(
     The policy's `default`, or else drop under anonymize and keep otherwise, goes for every field not listed.
     Kept fields are byte-identical, but `json`: where the policy lets only some of its keys travel it is parsed,
     filtered and written anew, compact and sorted. Listing `json_keys` is enough to let json travel.
-    Two things never travel under anonymize whatever the default: json keys and images that aren't listed.
+    Two things never travel under anonymize whatever the default: json keys and images that aren't listed, told
+    by their extension or by their bytes.
     Pseudonyms are made of a field's bytes, or of a json value in compact sorted form.
 
     Raises SampleError `bad-json` for json that must be filtered and can't be.
@@ -95,7 +96,7 @@ def travelling(
         fallback = default
         if field == JSON_FIELD and policy.json_keys:
             fallback = "keep"
-        elif purpose == "anonymize" and default == "keep" and field.rpartition(".")[2] in EXTENSIONS:
+        elif purpose == "anonymize" and default == "keep" and _is_image(field, data):
             fallback = "drop"
         action = listed.get(field, fallback)
         if action == "pseudonymize":
@@ -118,6 +119,10 @@ def with_image(field: str, data: bytes, travelling: Mapping[str, bytes]) -> dict
         )
         raise SampleError("field-collision", detail)
     return {field: data, **travelling}
+
+
+def _is_image(field: str, data: bytes) -> bool:
+    return field.rpartition(".")[2] in EXTENSIONS or looks_like_image(data)
 
 
 def _filtered_json(

@@ -40,6 +40,13 @@ def describe(data: bytes) -> str:
     return next((name for magic, name in _FOREIGN_MAGIC if data.startswith(magic)), "no image")
 
 
+def looks_like_image(data: bytes) -> bool:
+    """Whether bytes begin as those of an image do, of a video or of a page, whatever their field is called."""
+    if data.startswith(b"BM"):
+        return data[6:10] == bytes(4)  # so may a text begin; in a BMP these are reserved
+    return sniff(data) is not None or describe(data) not in ("empty", "no image")
+
+
 def format_of(data: bytes, field: str) -> Format:
     """The bytes' format, which must be what the field's extension claims, if it claims one."""
     format = sniff(data)

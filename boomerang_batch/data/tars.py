@@ -160,6 +160,15 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
         os.fsync(file.fileno())
 
 
+def member_places(path: Path) -> Iterator[tuple[str, int, int]]:
+    """(name, offset, size) of the data of every regular member of an uncompressed tar that is trusted."""
+    with tarfile.open(path, "r:", encoding="utf-8") as archive:
+        while info := archive.next():
+            if info.isreg():
+                yield info.name, info.offset_data, info.size
+            archive.members.clear()  # type: ignore[attr-defined]  # else it keeps every header
+
+
 def fits_ustar(name: str) -> bool:
     """Whether USTAR can hold `name`: 100 bytes of UTF-8, or up to 255 where a slash cuts it well."""
     if name.isascii() and len(name) <= tarfile.LENGTH_NAME:
