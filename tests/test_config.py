@@ -72,8 +72,8 @@ def test_an_unknown_key_is_told_with_the_nearest_known_one(change, place, neares
 
 def test_an_unknown_key_near_nothing_is_told_with_all_known_ones():
     message = refusal(AUGMENT | {"run": {"zzz": 1}})
-    known = "journal_every, load_deadline_s, max_attempts, on_error, start_timeout_s, step_deadline_s, workers"
-    assert message == f"recipe.yaml: unknown key run.zzz; known: {known}"
+    known = "gate, journal_every, load_deadline_s, max_attempts, on_error, start_timeout_s, step_deadline_s"
+    assert message == f"recipe.yaml: unknown key run.zzz; known: {known}, workers"
 
 
 @pytest.mark.parametrize(

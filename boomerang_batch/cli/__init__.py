@@ -8,12 +8,16 @@ from typing import Any
 import click
 
 from boomerang_batch import __version__
+from boomerang_batch.cli.audit import audit
+from boomerang_batch.cli.choosing import calibrate_command, sweep_command
 from boomerang_batch.cli.demo import demo
 from boomerang_batch.cli.doctor import doctor
 from boomerang_batch.cli.jobs import list_jobs, logs, stop, submit
 from boomerang_batch.cli.manifest import manifest
 from boomerang_batch.cli.pack import pack
 from boomerang_batch.cli.plan import plan
+from boomerang_batch.cli.regenerate import explain, regenerate
+from boomerang_batch.cli.report import report
 from boomerang_batch.cli.run import run
 from boomerang_batch.cli.status import status
 from boomerang_batch.cli.verify import verify
@@ -46,10 +50,15 @@ def main() -> None:
       boomerang-batch run demo-anonymize my-manifest.yaml OUT --private-dir PRIVATE
 
     Exit codes: 0 all done, 1 failed, 2 usage or configuration, 3 finished with quarantined samples or
-    shards, 75 stopped and resumable.
+    shards, 4 a gate was broken, 75 stopped and resumable.
     """
     log_lines.set_up("text")
 
 
-for command in (demo, plan, run, submit, status, logs, stop, list_jobs, pack, manifest, verify, doctor):
+_COMMANDS = (
+    *(demo, plan, run, submit, status, logs, stop, list_jobs),
+    *(sweep_command, calibrate_command),
+    *(pack, manifest, verify, audit, report, regenerate, explain, doctor),
+)
+for command in _COMMANDS:
     main.add_command(command)

@@ -42,6 +42,26 @@ def recipe_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def rig_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of every command that loads a finished run's model again: --model, --device, --threads."""
+    options = (
+        click.option(
+            "--model", metavar="FOLDER", help="Where the model is, if it is neither shipped nor pinned."
+        ),
+        click.option(
+            "--device",
+            type=click.Choice(["auto", "cpu", "cuda"]),
+            default="auto",
+            show_default=True,
+            help="auto: CUDA where there is any.",
+        ),
+        click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: the run's]"),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunFlags:
     """How a run is to be done, by the options that `run` and `submit` share. Named as they are."""

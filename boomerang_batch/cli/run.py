@@ -53,6 +53,7 @@ def run(
       boomerang-batch run demo-anonymize demo OUT --private-dir PRIVATE
       boomerang-batch run recipe.yaml shards.yaml s3://bucket/out --address local --set t.fraction=0.6
     """
+    from boomerang_batch.audit.gated import judge_of
     from boomerang_batch.data.manifest import load_manifest
     from boomerang_batch.run.driver import execute
     from boomerang_batch.run.logs import KeptLog
@@ -83,7 +84,7 @@ def run(
         )
         anonymize = request.recipe.purpose == "anonymize"
         with KeptLog(out=out, anonymize=anonymize, private_dir=flags.private_dir) as log:
-            report = log.report = execute(request, stop=stop)
+            report = log.report = execute(request, stop=stop, judge=judge_of(request))
     click.echo(json.dumps(dataclasses.asdict(report)) if as_json else summary(report))
     if plan is not None:
         told = plan.compared_with(report)

@@ -233,6 +233,30 @@ class ErrorBudget(Block):
     max_failed_shards: int | None = Field(None, ge=0, description="shards quarantined whole")
 
 
+class Gates(Block):
+    """Limits on what an audit may find; each is held by the bad end of a 95 % interval."""
+
+    max_rank1: float | None = Field(
+        None, ge=0, le=1, description="share of outputs that any attacker leads back to their own source"
+    )
+    max_tar: float | None = Field(
+        None, ge=0, le=1, description="share accepted as their source at a false-accept rate of .01"
+    )
+    max_fd: float | None = Field(
+        None, ge=0, description="Frechet distance to the sources, in the features of each embedder"
+    )
+    min_label_agreement: float | None = Field(
+        None, ge=0, le=1, description="share of outputs that keep their label, by a classifier of their sources"
+    )
+
+
+class RunGate(Gates):
+    """Gates that a run's first outputs must keep, before the rest is spent."""
+
+    samples: int = Field(200, ge=3, description="outputs that are made and judged before the rest is")
+    embedders: tuple[str, ...] = Field(("pixels", "pca"), min_length=1, description="features to compare in")
+
+
 class RunOptions(Block):
     """Operational: none of this can change a byte of the output."""
 
@@ -251,3 +275,4 @@ class RunOptions(Block):
         500, ge=0, description="samples that a lost worker costs at most; 0: as many as its shards hold"
     )
     on_error: ErrorBudget = ErrorBudget()
+    gate: RunGate | None = Field(None, description="limits that the first outputs must keep; null: none")

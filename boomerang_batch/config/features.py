@@ -96,6 +96,12 @@ FEATURES: Mapping[str, Feature] = {
         "run.journal_every",
         "run.on_error.max_failed_samples",
         "run.on_error.max_failed_shards",
+        "run.gate.max_rank1",
+        "run.gate.max_tar",
+        "run.gate.max_fd",
+        "run.gate.min_label_agreement",
+        "run.gate.samples",
+        "run.gate.embedders",
     ),
     "purpose": Feature(
         says="anonymize alone hides names, and drops what is not listed",

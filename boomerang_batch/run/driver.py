@@ -64,21 +64,29 @@ class Pool(Protocol):
         ...
 
 
-def execute(request: RunRequest, *, stop: threading.Event) -> RunReport:
+def execute(
+    request: RunRequest, *, stop: threading.Event, judge: Callable[[], None] | None = None
+) -> RunReport:
     """Do a run, or go on with it. Raises BoomerangError when it can't be begun or storage fails.
 
-    Setting `stop` ends it at a batch boundary; what is committed stays, and the same request resumes. Raises
-    LeaseError where another run is at work on OUT.
+    Setting `stop` ends it at a batch boundary; what is committed stays, and the same request resumes. `judge`
+    is called once OUT has as many outputs as the recipe's gate asks for, or all, and before more are begun; it
+    raises GateError where they won't do. Raises LeaseError where another run is at work on OUT.
     """
     naming = open_naming(request)
     tasks = list_tasks(request, naming)
     storage.make_folder(request.out)
     with lease.held(request.out, wait=request.wait, stop=stop) as holding:
-        return _execute(request, naming, tasks, holding, stop)
+        return _execute(request, naming, tasks, holding, stop, judge)
 
 
 def _execute(
-    request: RunRequest, naming: Naming, tasks: Sequence[Task], holding: Lease, stop: threading.Event
+    request: RunRequest,
+    naming: Naming,
+    tasks: Sequence[Task],
+    holding: Lease,
+    stop: threading.Event,
+    judge: Callable[[], None] | None,
 ) -> RunReport:
     started = time.monotonic()
     recipe, out = request.recipe, request.out
@@ -118,7 +126,7 @@ def _execute(
                 extend=request.extend,
                 accept_stack=request.accept_stack,
             )
-        reports, gave_up = _work(request, pool, tasks, markers, stop)
+        reports, gave_up = _work(request, pool, tasks, markers, stop, judge)
     finally:
         pool.close()
         storage.sweep(out)
@@ -128,7 +136,12 @@ def _execute(
 
 
 def _work(
-    request: RunRequest, pool: Pool, tasks: Sequence[Task], markers: Markers, stop: threading.Event
+    request: RunRequest,
+    pool: Pool,
+    tasks: Sequence[Task],
+    markers: Markers,
+    stop: threading.Event,
+    judge: Callable[[], None] | None,
 ) -> tuple[dict[str, ShardReport], str]:
     """Have everything done that storage does not say is done; the reports by name, and why the run gave up."""
     out, reports = request.out, {}
@@ -149,7 +162,10 @@ def _work(
         for report in before.done if comparing else ():
             keys.add(report.name)
         try:
-            for report in pool.run(todo, stop=stop, progress=telemetry.images_in_flight):
+            work = _begun(
+                request, pool, todo, before.done, stop=stop, progress=telemetry.images_in_flight, judge=judge
+            )
+            for report in work:
                 reports[report.name] = report
                 telemetry.shard(report)
                 if report.status == "done":
@@ -172,6 +188,32 @@ def _work(
             _publish_logs(out, stamp, telemetry, markers)
     untouched = {task.name: ShardReport(name=task.name, status="left") for task in todo}
     return untouched | reports, gave_up
+
+
+def _begun(
+    request: RunRequest,
+    pool: Pool,
+    todo: Sequence[Task],
+    done: Sequence[ShardReport],
+    *,
+    stop: threading.Event,
+    progress: Callable[[str, int], None],
+    judge: Callable[[], None] | None,
+) -> Iterator[ShardReport]:
+    """Reports of all tasks. Where a gate is to judge, only as many are begun before as it takes."""
+    left, gate = list(todo), request.recipe.run.gate
+    if gate is not None and judge is not None:
+        there = sum(report.counts.get("ok", 0) for report in done)
+        at_once = request.workers or request.recipe.run.workers or 1
+        while left and there < gate.samples and not stop.is_set():
+            for report in pool.run(left[:at_once], stop=stop, progress=progress):
+                there += report.counts.get("ok", 0) if report.status == "done" else 0
+                yield report
+            left = left[at_once:]
+        if not stop.is_set():
+            judge()
+    if left and not stop.is_set():
+        yield from pool.run(left, stop=stop, progress=progress)
 
 
 def _pool(spec: RunSpec, request: RunRequest) -> Pool:

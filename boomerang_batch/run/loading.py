@@ -5,23 +5,27 @@ The trial takes the planned batch, so memory that is too small for it shows befo
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from boomerang_batch.config.pipeline import Recipe
+from boomerang_batch.data.images import Pixels, to_model_values
 from boomerang_batch.diffusion.batch_size import find_batch_size, is_out_of_memory, largest_that_fits
 from boomerang_batch.diffusion.denoiser import Condition, Denoiser, DenoiserSpec
 from boomerang_batch.diffusion.engine import Engine
 from boomerang_batch.diffusion.parity import check_autoencoder, check_batching, synthetic_images
 from boomerang_batch.diffusion.schedule import NoiseLevels
 from boomerang_batch.diffusion.threads import run_apart, use_threads
+from boomerang_batch.diffusion.transfer import to_device
 from boomerang_batch.errors import ModelError
 from boomerang_batch.models import load_denoiser
 from boomerang_batch.models.device import DTYPES, choose_device
 from boomerang_batch.run.canvas import check_fit
+from boomerang_batch.run.stack import fingerprint
 from boomerang_batch.run.walks import Walks
 
 _LARGEST_AUTO = 512
@@ -68,6 +72,23 @@ def _load(recipe: Recipe, *, device: str, threads: int, batch_size: int | None) 
         elastic=recipe.batching == "elastic",
     )
     return engine, walks
+
+
+def stack_of(engine: Engine, recipe: Recipe, *, threads: int) -> dict[str, str]:
+    """The fingerprint of what `engine`, loaded for `recipe`, computes with."""
+    return fingerprint(
+        device=engine.device, dtype=recipe.model.dtype, batch_size=engine.batch_size, threads=threads
+    )
+
+
+def flags_of(engine: Engine, recipe: Recipe) -> Callable[[Pixels], bool] | None:
+    """What asks the model's safety checker about an output's pixels (H, W, 3); None where nobody is to ask."""
+    return None if recipe.model.safety == "unchecked" else functools.partial(_flagged, engine)
+
+
+def _flagged(engine: Engine, pixels: Pixels) -> bool:
+    values = torch.from_numpy(to_model_values(pixels, engine.denoiser.spec.value_range))
+    return any(engine.denoiser.flagged(to_device(values[None], engine.device)))
 
 
 def warnings(recipe: Recipe, model: DenoiserSpec) -> tuple[str, ...]:

@@ -7,7 +7,6 @@ reading, the network, guards, encoding and publishing are all in the measured ra
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import math
 import tempfile
@@ -20,15 +19,14 @@ from boomerang_batch import storage
 from boomerang_batch.config.pipeline import Recipe
 from boomerang_batch.data.manifest import Manifest, ShardEntry
 from boomerang_batch.data.provenance import BAD, read_rows
-from boomerang_batch.data.shards import Sample, read_samples, write_shard
+from boomerang_batch.data.shards import write_shard
+from boomerang_batch.data.spread import evenly, spread_samples
 from boomerang_batch.errors import ConfigError, ManifestError
 from boomerang_batch.run.commit import PROVENANCE_SUFFIX, TAR_SUFFIX
 from boomerang_batch.run.private import prepare_private_dir
-from boomerang_batch.run.runner import Runner
 from boomerang_batch.run.tasks import DEPTH, RunReport, RunSpec, Task
 
 FORMAT_VERSION = 1
-_SHARDS_PROBED = 8
 _SHARDS_WEIGHED = 64
 _LEAST_PROBE = 64
 
@@ -43,6 +41,7 @@ class Probe:
     evaluations: int
     """Network calls that samples took part in."""
     load_s: float
+    """To import what computes and to load the model."""
     seconds: float
     input_bytes: int
     output_bytes: int
@@ -173,6 +172,9 @@ def _probe(
         recipe=recipe, out=str(out), private_dir=str(private_dir), device=device, threads=threads, epoch=0
     )
     started = time.monotonic()
+    # Here, so that it counts: a run imports what computes too, which takes seconds.
+    from boomerang_batch.run.runner import Runner
+
     runner = Runner(spec)
     load_s = time.monotonic() - started
     try:
@@ -217,7 +219,7 @@ def _write_probe(path: Path, manifest: Manifest, wanted: int) -> int:
 
     def samples() -> Iterator[tuple[str, Mapping[str, bytes]]]:
         nonlocal taken
-        for sample in itertools.islice(_spread(manifest.shards, wanted), wanted):
+        for _, sample in spread_samples(manifest.shards, wanted):
             yield f"{taken:08d}", sample.fields
             taken += 1
 
@@ -227,35 +229,13 @@ def _write_probe(path: Path, manifest: Manifest, wanted: int) -> int:
     return taken
 
 
-def _spread(shards: Sequence[ShardEntry], wanted: int) -> Iterator[Sample]:
-    """Samples of shards all over the list, the same share of each; of others where those have too few."""
-    first = _evenly(shards, _SHARDS_PROBED)
-    for entry in first:
-        yield from itertools.islice(_samples(entry), math.ceil(wanted / len(first)))
-    for entry in shards:
-        share = math.ceil(wanted / len(first)) if entry in first else 0
-        yield from itertools.islice(_samples(entry), share, None)
-
-
-def _samples(entry: ShardEntry) -> Iterator[Sample]:
-    with storage.open_read(entry.url) as stream:
-        for item in read_samples(stream, shard=entry.stem):
-            if isinstance(item, Sample):
-                yield item
-
-
 def _count_samples(shards: Sequence[ShardEntry], probe: Probe) -> tuple[int, bool]:
     """How many samples there are, and whether that had to be guessed by size."""
     told = sum(entry.samples or 0 for entry in shards)
     silent = [entry for entry in shards if entry.samples is None]
     if not silent:
         return told, False
-    weighed = _evenly(silent, _SHARDS_WEIGHED)
+    weighed = evenly(silent, _SHARDS_WEIGHED)
     sizes = [storage.size(one.url) if one.size_bytes is None else one.size_bytes for one in weighed]
     per_shard = sum(sizes) / len(sizes) / (probe.input_bytes / probe.samples)
     return told + round(per_shard * len(silent)), True
-
-
-def _evenly(shards: Sequence[ShardEntry], count: int) -> list[ShardEntry]:
-    """At most `count` of them, evenly spaced."""
-    return [shards[index * len(shards) // min(count, len(shards))] for index in range(min(count, len(shards)))]

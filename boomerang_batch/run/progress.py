@@ -133,7 +133,7 @@ def read_session(log: bytes) -> Session:
     for line in log.splitlines():
         try:
             event = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if not isinstance(event, dict) or event.get("event") != "shard":
             continue

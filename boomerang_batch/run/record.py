@@ -13,11 +13,15 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
 from boomerang_batch import storage
+from boomerang_batch.config.pipeline import Recipe
 from boomerang_batch.errors import ObjectExistsError, ObjectMissingError, RunMismatchError, VerificationError
 
 RECORD_NAME = "run.json"
 SHEET_NAME = "contact-sheet.png"
+REPORT_NAME = "report.html"
 LOGS_NAME = "logs"
 FORMAT_VERSION = 1
 
@@ -73,6 +77,15 @@ def require_record(out: str) -> RunRecord:
     if record is None:
         raise VerificationError(f"{out}: no {RECORD_NAME}, so this is not the output of a run")
     return record
+
+
+def recorded_recipe(out: str, record: RunRecord) -> Recipe:
+    """The recipe of the run in `out`; of its model's folder it has only the name. Raises VerificationError."""
+    try:
+        return Recipe.model_validate_json(json.dumps({"name": record.name, **record.recipe}))
+    except ValidationError as error:
+        detail = "run.json holds no recipe that this release knows; use the release that wrote it"
+        raise VerificationError(f"{out}: {detail}") from error
 
 
 def open_record(

@@ -15,27 +15,21 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from boomerang_batch import storage
-from boomerang_batch.data.images import Pixels, to_model_values
 from boomerang_batch.data.provenance import BAD, Marker, write_rows
 from boomerang_batch.data.shards import write_shard
-from boomerang_batch.diffusion.engine import Engine
 from boomerang_batch.diffusion.threads import use_threads
-from boomerang_batch.diffusion.transfer import to_device
 from boomerang_batch.errors import ShardError, StoppedError, StorageError
 from boomerang_batch.run import journal, lease, log_lines
 from boomerang_batch.run.commit import commit, digest_file, read_marker
 from boomerang_batch.run.drawing import Drawing
 from boomerang_batch.run.ledger import Ledger
 from boomerang_batch.run.links import write_links
-from boomerang_batch.run.loading import load, warnings
+from boomerang_batch.run.loading import flags_of, load, stack_of, warnings
 from boomerang_batch.run.naming import Naming
 from boomerang_batch.run.private import load_secret
 from boomerang_batch.run.scratch import scratch_folder, sweep_scratch
 from boomerang_batch.run.shard_drawing import ShardDrawing
-from boomerang_batch.run.stack import fingerprint
 from boomerang_batch.run.tasks import RunSpec, ShardReport, Task, WorkerFacts
 from boomerang_batch.run.transform import Transform
 from boomerang_batch.storage.retries import retry_count
@@ -57,14 +51,8 @@ class Runner:
         naming = Naming(recipe, secret)
         engine, walks = load(recipe, device=spec.device, threads=spec.threads, batch_size=spec.batch_size)
         model = engine.denoiser.spec
-        stack = fingerprint(
-            device=engine.device,
-            dtype=recipe.model.dtype,
-            batch_size=engine.batch_size,
-            threads=spec.threads,
-        )
-        flags = None if recipe.model.safety == "unchecked" else functools.partial(_flagged, engine)
-        self._transform = Transform(recipe, model, walks, naming, stack, flags=flags)
+        stack = stack_of(engine, recipe, threads=spec.threads)
+        self._transform = Transform(recipe, model, walks, naming, stack, flags=flags_of(engine, recipe))
         self._drawing = Drawing(engine, dtype=recipe.model.dtype)
         names = ("outputs_total", "output_bytes_total", "shards_done_total", "shards_failed_total", "tasks")
         self._totals = dict.fromkeys(names, 0.0)
@@ -199,9 +187,3 @@ def _log_failures(task: Task, ledger: Ledger) -> None:
         if row.status in BAD:
             facts = {"shard": task.name, "key": row.key, "variant": row.variant, "reason": row.reason}
             _log.info("%s: %s", row.status, row.detail or row.reason, extra=facts)
-
-
-def _flagged(engine: Engine, pixels: Pixels) -> bool:
-    """Whether the model's safety checker objects to an output (H, W, 3)."""
-    values = torch.from_numpy(to_model_values(pixels, engine.denoiser.spec.value_range))
-    return any(engine.denoiser.flagged(to_device(values[None], engine.device)))

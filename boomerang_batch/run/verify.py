@@ -7,12 +7,9 @@ digest and decodes every image. Problems are sentences; an empty list means that
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-
-from pydantic import ValidationError
 
 from boomerang_batch import storage
 from boomerang_batch.config.pipeline import Recipe
@@ -30,7 +27,15 @@ from boomerang_batch.run.commit import (
 )
 from boomerang_batch.run.keys import KeyRegistry, read_keys
 from boomerang_batch.run.naming import member_key
-from boomerang_batch.run.record import LOGS_NAME, RECORD_NAME, SHEET_NAME, RunRecord, require_record
+from boomerang_batch.run.record import (
+    LOGS_NAME,
+    RECORD_NAME,
+    REPORT_NAME,
+    SHEET_NAME,
+    RunRecord,
+    recorded_recipe,
+    require_record,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +50,7 @@ class Verification:
 def verify(out: str, *, deep: bool) -> Verification:
     """Check a run's output. Raises VerificationError when `out` is not one."""
     record = require_record(out)
-    try:
-        recipe = Recipe.model_validate_json(json.dumps({"name": record.name, **record.recipe}))
-    except ValidationError as error:
-        detail = "run.json holds no recipe that this release knows; use the release that wrote it"
-        raise VerificationError(f"{out}: {detail}") from error
+    recipe = recorded_recipe(out, record)
     more = appendices(storage.list_names(out))
     problems = list(_strangers(out, record, more))
     rows: Counter[str] = Counter()
@@ -155,7 +156,7 @@ def _strangers(out: str, record: RunRecord, more: Mapping[str, Sequence[str]]) -
     suffixes = (MARKER_SUFFIX, TAR_SUFFIX, PROVENANCE_SUFFIX)
     stems = [name for stem in record.shards for name in (stem, *more.get(stem, ()))]
     known = {stem + suffix for stem in stems for suffix in suffixes}
-    known |= {RECORD_NAME, SHEET_NAME, LOGS_NAME}
+    known |= {RECORD_NAME, SHEET_NAME, LOGS_NAME, REPORT_NAME}
     published = record.recipe.get("purpose") == "anonymize"
     for name in storage.list_names(out):
         if name not in known and (published or name.endswith(suffixes)):

@@ -1,0 +1,87 @@
+"""Do outputs keep their labels? Asked of a classifier that was trained on other sources.
+
+A ridge classifier on an embedder's features: one linear score per class, its strength by generalized
+cross-validation (Golub, Heath and Wahba 1979). Better ones exist, so its accuracy on sources that it has not
+seen stands beside: that is what agreement is to be compared with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from boomerang_batch.audit.findings import ALL, Reading
+from boomerang_batch.audit.pairs import NO_LABEL
+from boomerang_batch.audit.readings import LABEL_AGREEMENT, rate_of
+from boomerang_batch.measures.attackers import training_half
+
+_STRENGTHS = np.logspace(-6, 2, 9)
+_LEAST = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classifier:
+    """What was learned."""
+
+    classes: NDArray[np.int64]
+    centre: NDArray[np.float64]
+    weights: NDArray[np.float64]
+    """(d, classes)."""
+    offsets: NDArray[np.float64]
+
+    def predict(self, features: NDArray[np.float32]) -> NDArray[np.int64]:
+        """A class for each row (n, d)."""
+        scores = (features - self.centre) @ self.weights + self.offsets
+        best: NDArray[np.int64] = self.classes[scores.argmax(axis=1)]
+        return best
+
+
+def learn_labels(features: NDArray[np.float32], labels: NDArray[np.int64]) -> Classifier:
+    """A classifier from features (n, d) with labels (n,)."""
+    classes = np.unique(labels)
+    wanted = (labels[:, None] == classes).astype(np.float64)
+    centre: NDArray[np.float64] = np.asarray(features, dtype=np.float64).mean(axis=0)
+    offsets: NDArray[np.float64] = wanted.mean(axis=0)
+    left, values, right = np.linalg.svd(features - centre, full_matrices=False)
+    target = left.T @ (wanted - offsets)
+    rest = ((wanted - offsets) ** 2).sum() - (target**2).sum()
+
+    def score(strength: float) -> float:
+        kept = values**2 / (values**2 + strength)
+        error = rest + (((1 - kept)[:, None] * target) ** 2).sum()
+        return float(error / (len(features) - kept.sum() - 1) ** 2)
+
+    strengths = _STRENGTHS * (values[:1] ** 2).sum()
+    strength = min(strengths, key=score)
+    weights = right.T @ ((values / (values**2 + strength))[:, None] * target)
+    return Classifier(classes=classes, centre=centre, weights=weights, offsets=offsets)
+
+
+def label_agreement(
+    outputs: NDArray[np.float32],
+    sources: NDArray[np.float32],
+    labels: NDArray[np.int64],
+    identities: NDArray[np.int64],
+    *,
+    features: str,
+) -> Iterator[Reading]:
+    """The share of outputs, and of sources, that a classifier of other records' sources gives their label.
+
+    Nothing where fewer than 20 labelled records are left to learn from, or to ask about, or one class is all.
+    """
+    usable = (labels != NO_LABEL) & ~(np.isnan(outputs).any(axis=1) | np.isnan(sources).any(axis=1))
+    train = training_half(identities)
+    learned, asked = usable & train, usable & ~train
+    if min(learned.sum(), asked.sum()) < _LEAST or len(np.unique(labels[learned])) < 2:
+        return
+    classifier = learn_labels(sources[learned], labels[learned])
+    for subject, rows in (("outputs", outputs), ("sources", sources)):
+        right = classifier.predict(rows[asked]) == labels[asked]
+        yield rate_of(LABEL_AGREEMENT, right, subject=subject, features=features, stratum=ALL)
+        for label in np.unique(labels[asked]):
+            of_label = labels[asked] == label
+            stratum = f"label={label}"
+            yield rate_of(LABEL_AGREEMENT, right[of_label], subject=subject, features=features, stratum=stratum)

@@ -1,0 +1,174 @@
+"""Where an image came from and how it was made, in plain words, from its provenance row and what leads back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from boomerang_batch.audit.origin import Origin, find_origins, require_links
+from boomerang_batch.config.pipeline import Recipe
+from boomerang_batch.data.provenance import Row
+from boomerang_batch.run.naming import member_key
+from boomerang_batch.run.record import recorded_recipe, require_record
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """All that can be told about one row, in words by subject and as it is recorded."""
+
+    origin: Origin
+    words: Mapping[str, str]
+
+    def facts(self) -> dict[str, Any]:
+        """As JSON has it."""
+        origin = self.origin
+        return {
+            "shard": origin.shard,
+            "source": {"key": origin.source_key, "url": origin.source_url, "offset": origin.offset},
+            "noise_share": noise_share(origin.row.sigma),
+            "row": dataclasses.asdict(origin.row) | {"detail": origin.detail},
+            "words": dict(self.words),
+        }
+
+
+def explain(out: str, *, key: str, private_dir: str | None, shard: str | None = None) -> list[Explanation]:
+    """Every row that `key` stands for, explained.
+
+    Raises PrivateDirError where OUT is anonymized and its private dir is not given, ConfigError for a key that
+    is none.
+    """
+    record = require_record(out)
+    require_links(out, record, private_dir)
+    recipe = recorded_recipe(out, record)
+    origins = find_origins(out, record, key=key, private_dir=private_dir, shard=shard)
+    return [Explanation(origin=origin, words=dict(_words(origin, recipe))) for origin in origins]
+
+
+def noise_share(sigma: float | None) -> float | None:
+    """How much of the power of what the walk back began from was noise, where the source's counts as 1."""
+    return None if sigma is None else sigma**2 / (1 + sigma**2)
+
+
+def _words(origin: Origin, recipe: Recipe) -> Iterator[tuple[str, str]]:
+    row = origin.row
+    member = member_key(recipe, row.key or "", row.variant)
+    yield "image", f"{member} in shard {origin.shard}, variant {row.variant}"
+    yield "status", _status(origin)
+    yield "source", _source(origin)
+    if row.status == "ok":
+        yield "distance", _distance(row, recipe)
+        yield "walk", _walk(row)
+        yield "model", f"{recipe.model.source}, digest {row.model_digest[:16]}"
+        yield "told", _told(row, recipe)
+        yield "noise", _noise(row, recipe)
+    if row.status in ("ok", "original"):
+        yield "dropped", _dropped(row, recipe)
+    yield "recipe", f"purpose {recipe.purpose}, digest {row.recipe_digest[:16]}; made by {row.versions}"
+
+
+def _status(origin: Origin) -> str:
+    row = origin.row
+    mended = "; made anew in an appendix after it had failed" if origin.shard != origin.stem else ""
+    why = f"{row.reason}{f': {origin.detail}' if origin.detail else ''}"
+    return {
+        "ok": f"ok: an image of {row.width}x{row.height} pixels was made{mended}",
+        "original": "original: the source's own bytes, kept beside what was made of it",
+        "failed": f"failed, so there is no image ({why})",
+        "unreadable": f"unreadable: the source's tar is broken there ({why})",
+        "dropped": f"dropped: an image was made and left out, as the recipe wants ({why})",
+    }[row.status]
+
+
+def _source(origin: Origin) -> str:
+    if origin.source_url is None:
+        return f"sample {origin.source_key} of the manifest's shard {origin.stem}"
+    return f"sample {origin.source_key} in {origin.source_url}, from byte {origin.offset}"
+
+
+def _distance(row: Row, recipe: Recipe) -> str:
+    if row.node is None:
+        if row.evaluations == 0:
+            return "none: the region to change is empty, so these are the source's own pixels"
+        return "OUT does not tell: each sample's own field said how far, and that field does not travel"
+    if row.node == 0 or row.sigma is None:
+        return f"t {row.t}: none; the image was decoded and written again, and no noise was added"
+    share = noise_share(row.sigma) or 0.0
+    each = ", in each pass" if (row.passes or 1) > 1 else ""
+    region = "; only the region that the recipe names was changed" if recipe.region is not None else ""
+    return (
+        f"t {row.t}, node {row.node}: noise of sigma {row.sigma:.4g} (times the clean signal's scale) was laid "
+        f"over the source{each}, so of the power that the walk back began from {share:.1%} was noise and "
+        f"{1 - share:.1%} the source's, whose own counts as 1{region}"
+    )
+
+
+def _walk(row: Row) -> str:
+    if row.evaluations is None:
+        made = "a number of network calls that OUT does not tell"
+    else:
+        made = f"{row.evaluations} network call{'s' * (row.evaluations != 1)}"
+    passes = f" in {row.passes} passes" if (row.passes or 1) > 1 else ""
+    fresh = "no new noise on the way back" if row.eta == 0 else "new noise at each step back"
+    computed = "" if row.dtype is None else f"; computed in {row.dtype}"
+    flagged = {True: "; the safety checker objects to it", False: "; the safety checker has no objection"}
+    return f"{made}{passes} with sampler {row.sampler}, eta {row.eta:g}: {fresh}{computed}" + flagged.get(
+        bool(row.flagged), ""
+    ) * (row.flagged is not None)
+
+
+def _told(row: Row, recipe: Recipe) -> str:
+    labels, prompts = recipe.model.class_labels, recipe.model.prompts
+    if labels is not None:
+        if row.label is None:
+            return (
+                f"a label, from field {labels.field}; OUT does not tell which, for that field does not travel"
+            )
+        return f"label {row.label}, from field {labels.field}"
+    if prompts is None:
+        return "nothing: the model takes no label and no prompt"
+    if prompts.field is not None:
+        return f"the sample's own text, from field {prompts.field}"
+    return f"the prompt {prompts.text!r}" if prompts.text else "an empty prompt"
+
+
+def _noise(row: Row, recipe: Recipe) -> str:
+    by = {"key": "its key", "shard+key": "its shard and key", "content": "its bytes"}[recipe.identity]
+    if recipe.purpose == "anonymize":
+        return (
+            f"key id {row.noise_key_id}: keyed by the private dir's secret and, of the sample, {by}; without "
+            "the secret nobody can draw it again"
+        )
+    return (
+        f"key id {row.noise_key_id}: keyed by the recipe's public seed and, of the sample, {by}; whoever has "
+        "the source can draw it again"
+    )
+
+
+def _dropped(row: Row, recipe: Recipe) -> str:
+    """What did not come along from the source, as the recipe says; which fields it had, it alone tells."""
+    listed, keys = recipe.fields.fields, recipe.fields.json_keys
+    default = recipe.fields.default or ("drop" if recipe.purpose == "anonymize" else "keep")
+    image = (
+        "of the image file nothing"
+        if row.status == "original"
+        else "of the image file all metadata (EXIF, GPS, XMP, IPTC, profile, comments, thumbnail)"
+    )
+    kept = sorted(name for name, action in listed.items() if action == "keep")
+    masked = sorted(name for name, action in listed.items() if action == "pseudonymize")
+    gone = sorted(name for name, action in listed.items() if action == "drop")
+    if keys:
+        kept.append(
+            f"json's {', '.join(sorted(name for name, what in keys.items() if what != 'drop')) or 'none'}"
+        )
+    if default == "drop":
+        beside = (
+            f"every other field but {', '.join([*kept, *masked])}" if kept or masked else "every other field"
+        )
+    else:
+        beside = f"of the other fields {', '.join(gone) or 'nothing'}"
+        if default == "pseudonymize":
+            beside += ", and those not listed as keep came along as pseudonyms"
+    pseudonyms = f"; {', '.join(masked)} came along as pseudonyms" if masked else ""
+    return f"{image}; {beside}{pseudonyms}"

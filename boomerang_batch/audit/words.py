@@ -1,0 +1,93 @@
+"""Findings as a page of text: the verdict on gates first, then who is linked, the bound, copies, use."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from boomerang_batch.audit.findings import ALL, Bound, Findings, Reading
+from boomerang_batch.audit.readings import AUC, FD, KD, LABEL_AGREEMENT, ONE_TO_ONE, RANK, TAR
+
+_LINKED = (RANK.format(1), RANK.format(10), ONE_TO_ONE, AUC, TAR.format(0.01), "misses")
+_COPIES = ("copies", "own-is-closest", "near-duplicates", "exact-duplicates", "median-nndr", "training-copies")
+_USE = (LABEL_AGREEMENT, FD, KD, "precision", "recall", "coverage", "median-psnr-db", "median-ssim")
+_WORST_SHOWN = 5
+
+
+def describe(findings: Findings) -> str:
+    """The page."""
+    head = (
+        f"{findings.name}: {findings.audited} of {findings.outputs} outputs audited, in the features of "
+        f"{', '.join(one.name for one in findings.embeddings)}"
+    )
+    lines = [head]
+    for gate in findings.gates:
+        kept = "BROKEN" if gate.broken else "kept"
+        lines.append(
+            f"gate {gate.gate} {gate.limit:g}: {kept} by {gate.reading}: {_short(gate.value)}, and may be "
+            f"{_short(gate.bad_end)}"
+        )
+    for title, measures in (("linked to their sources", _LINKED), ("copies", _COPIES), ("use", _USE)):
+        lines += ["", title, *_table(findings, measures)]
+    lines += ["", "certified bound", *_bound(findings.bound)]
+    labelled = _classes(findings)
+    lines += ["", "classes that lose their label most", *labelled] if labelled else []
+    if findings.worst:
+        lines += ["", "closest to their own sources"]
+        lines += [f"  {case.key} in {case.shard}: {case.says}" for case in findings.worst[:_WORST_SHOWN]]
+    lines += ["", *(f"warning: {warning}" for warning in findings.warnings)] if findings.warnings else []
+    return "\n".join(lines)
+
+
+def _table(findings: Findings, measures: Sequence[str]) -> Iterator[str]:
+    """A line for each reading over all records."""
+    rows = [
+        (one.measure, one.subject, one.attacker, one.features, _with_interval(one), _chance(one))
+        for measure in measures
+        for one in findings.readings
+        if one.measure == measure and one.stratum == ALL
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(6)] if rows else []
+    for row in rows:
+        yield "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def _classes(findings: Findings) -> list[str]:
+    """The labels that fewest outputs keep, worst first."""
+    found = [
+        one
+        for one in findings.readings
+        if one.measure == LABEL_AGREEMENT and one.subject == "outputs" and one.stratum != ALL
+    ]
+    found.sort(key=lambda one: one.value)
+    return [f"  {one.stratum}  {one.features}  {_with_interval(one)}" for one in found[:_WORST_SHOWN]]
+
+
+def _bound(bound: Bound) -> Iterator[str]:
+    if bound.reasons:
+        yield from (f"  none: {reason}" for reason in bound.reasons)
+        return
+    if not bound.promises:
+        yield "  there is one; its figures need the model: leave out --redraw 0"
+    for one in bound.promises:
+        yield (
+            f"  of two candidates at the {one.distance} distance ({_short(one.delta)}) nobody names the "
+            f"source more often than {one.accuracy:.4f} of the time (mu {_short(one.mu)}, epsilon "
+            f"{_short(one.epsilon)} at delta {bound.dp_delta:g})"
+        )
+    yield f"  among records that agree in {', '.join(bound.within)}"
+    yield from (f"  {note}" for note in bound.notes)
+
+
+def _with_interval(one: Reading) -> str:
+    if one.low is None or one.high is None:
+        return _short(one.value)
+    return f"{_short(one.value)} ({_short(one.low)} to {_short(one.high)})"
+
+
+def _chance(one: Reading) -> str:
+    return "" if one.chance is None else f"by chance {_short(one.chance)}"
+
+
+def _short(number: float) -> str:
+    return f"{number:.3g}" if math.isfinite(number) else str(number)

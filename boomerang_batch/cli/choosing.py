@@ -1,0 +1,187 @@
+"""`boomerang-batch sweep` and `calibrate`: which t, before a dataset is spent on one?"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import click
+
+from boomerang_batch.cli.inputs import load_recipe, recipe_options
+
+if TYPE_CHECKING:
+    from boomerang_batch.audit.calibrate import Calibration
+    from boomerang_batch.audit.findings import Reading
+    from boomerang_batch.audit.sweep import Level, Sweep
+
+_SHOWN = {
+    "rank-1": "rank-1",
+    "label-agreement": "labels kept",
+    "median-psnr-db": "PSNR, dB",
+    "median-ssim": "SSIM",
+    "fd": "FD",
+}
+
+
+class _Fractions(click.ParamType[tuple[float, ...]]):
+    """Numbers of 0 to 1, with commas between them."""
+
+    name = "T,T,..."
+
+    def convert(
+        self, value: object, param: click.Parameter | None, context: click.Context | None
+    ) -> tuple[float, ...]:
+        try:
+            found = tuple(float(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value} is not numbers with commas between them, such as .1,.2,.4", param, context)
+        if not all(0 <= one <= 1 for one in found):
+            self.fail(f"{value}: t as a fraction is 0 to 1", param, context)
+        return tuple(sorted(set(found)))
+
+
+_EMBEDDERS = click.option(
+    "--embedder", "embedders", multiple=True, default=("pixels", "pca"), show_default=True, metavar="NAME",
+    help="Features to compare in; may be given several times.",
+)  # fmt: skip
+
+
+@click.command("sweep")
+@click.argument("pipeline")
+@click.argument("manifest")
+@click.option("--t", "levels", type=_Fractions(), default="0,.1,.2,.3,.4,.5,.6,.7,.8,.9,1", show_default=True,
+              help="Fractions of the chain to go out to.")  # fmt: skip
+@click.option("--samples", type=click.IntRange(min=6), default=100, show_default=True,
+              help="Samples to draw at each t, from shards all over the manifest.")  # fmt: skip
+@click.option("--show", type=click.IntRange(min=1, max=64), default=8, show_default=True,
+              help="Of these, how many stand in the picture.")  # fmt: skip
+@_EMBEDDERS
+@click.option("-o", "--output", metavar="FOLDER", default="sweep", show_default=True,
+              help="Where grid.png, which shows sources, and sweep.json go.")  # fmt: skip
+@recipe_options
+def sweep_command(
+    pipeline: str,
+    manifest: str,
+    levels: tuple[float, ...],
+    samples: int,
+    show: int,
+    embedders: tuple[str, ...],
+    output: str,
+    device: str,
+    threads: int | None,
+    overrides: tuple[str, ...],
+) -> None:
+    """Draw a few samples of MANIFEST through PIPELINE at several t: a picture, and every measure.
+
+    \b
+    Example:
+      boomerang-batch sweep demo-anonymize demo --t .2,.4,.6,.8,1
+    """
+    from boomerang_batch import storage
+    from boomerang_batch.audit.sweep import choose, sweep
+    from boomerang_batch.data.manifest import load_manifest
+    from boomerang_batch.run.cpus import usable_cpus
+    from boomerang_batch.run.trial import Rig
+
+    recipe = load_recipe(pipeline, overrides)
+    chosen = choose(recipe, load_manifest(manifest), samples)
+    with Rig(recipe, device=device, threads=threads or usable_cpus()) as rig:
+        at = [("fraction", level) for level in levels]
+        found = sweep(rig, recipe, chosen, at, embedders=tuple(dict.fromkeys(embedders)), shown=show)
+    storage.make_folder(output)
+    storage.publish_bytes(found.grid, storage.join(output, "grid.png"))
+    facts = json.dumps(found.facts(), indent=1) + "\n"
+    storage.publish_bytes(facts.encode(), storage.join(output, "sweep.json"))
+    click.echo(_table(found))
+    click.echo(f"{storage.join(output, 'grid.png')} shows sources first, then t {', '.join(map(str, levels))}")
+
+
+@click.command("calibrate")
+@click.argument("pipeline")
+@click.argument("manifest")
+@click.option("--target", required=True, metavar="TARGET",
+              help="What to reach: rank1<=.05, tar<=.1, label-agreement>=.9, psnr>=20, ssim>=.5.")  # fmt: skip
+@click.option("--samples", type=click.IntRange(min=12), default=400, show_default=True,
+              help="In all: one half is searched on, the result is checked on the other.")  # fmt: skip
+@_EMBEDDERS
+@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
+@recipe_options
+@click.pass_context
+def calibrate_command(
+    context: click.Context,
+    pipeline: str,
+    manifest: str,
+    target: str,
+    samples: int,
+    embedders: tuple[str, ...],
+    as_json: bool,
+    device: str,
+    threads: int | None,
+    overrides: tuple[str, ...],
+) -> None:
+    """Find the t at which PIPELINE reaches a target on samples of MANIFEST, and check it on others.
+
+    A limit must be kept by the bad end of the 95 % interval. Exit code 4: no t reaches it, or the one found
+    fails on the samples it is checked on.
+
+    \b
+    Example:
+      boomerang-batch calibrate demo-anonymize demo --target 'rank1<=.2'
+    """
+    from boomerang_batch.audit.calibrate import Target, calibrate
+    from boomerang_batch.audit.sweep import choose
+    from boomerang_batch.data.manifest import load_manifest
+    from boomerang_batch.run.cpus import usable_cpus
+    from boomerang_batch.run.trial import Rig
+
+    wanted, recipe = Target.parse(target), load_recipe(pipeline, overrides)
+    chosen = choose(recipe, load_manifest(manifest), samples)
+    with Rig(recipe, device=device, threads=threads or usable_cpus()) as rig:
+        # By turns, for samples of one shard stand together.
+        found = calibrate(
+            rig, recipe, chosen[::2], chosen[1::2], wanted, embedders=tuple(dict.fromkeys(embedders))
+        )
+    click.echo(json.dumps(found.facts(), indent=1) if as_json else _calibration(found, target))
+    context.exit(0 if found.holds else 4)
+
+
+def _table(found: Sweep) -> str:
+    """A line for each t."""
+    lines = [f"{found.samples} samples of {found.name}"]
+    lines.append("  ".join(["t".ljust(14), "sigma".rjust(7), *(name.rjust(11) for name in _SHOWN.values())]))
+    for level in found.levels:
+        sigma = "" if level.sigma is None else f"{level.sigma:.3g}"
+        cells = [_cell(level, measure) for measure in _SHOWN]
+        lines.append("  ".join([level.t.ljust(14), sigma.rjust(7), *(cell.rjust(11) for cell in cells)]))
+    return "\n".join(lines)
+
+
+def _cell(level: Level, measure: str) -> str:
+    """The worst of a measure's readings: the most that are linked, the fewest that keep their label."""
+    values = [one.value for one in _over_all(level, measure)]
+    if not values:
+        return ""
+    return f"{min(values) if measure == 'label-agreement' else max(values):.3g}"
+
+
+def _over_all(level: Level, measure: str) -> list[Reading]:
+    return [
+        one for one in level.readings if (one.measure, one.subject, one.stratum) == (measure, "outputs", "all")
+    ]
+
+
+def _calibration(found: Calibration, target: str) -> str:
+    if found.t is None:
+        least = found.searched[-1 if found.target.at_most else 0]
+        return f"no t reaches {target}: at t {least.t} there is {found.told(least)}"
+    kind = "the least" if found.target.at_most else "the largest"
+    lines = [f"t fraction={found.t:g} is {kind} that reaches {target} on the samples searched"]
+    if found.beside is not None:
+        lines.append(f"  at fraction={found.beside:g} it is missed, so what is sought lies between the two")
+    for level in found.searched:
+        lines.append(f"  {level.t.ljust(14)}  {found.told(level)}")
+    if found.checked is not None:
+        verdict = "holds" if found.holds else "does NOT hold"
+        lines.append(f"on samples that the search has not seen it {verdict}: {found.told(found.checked)}")
+        lines += [f"  {name}: {_cell(found.checked, measure)}" for measure, name in _SHOWN.items()]
+    return "\n".join(lines)

@@ -1,0 +1,347 @@
+"""audit/: linkability between its controls, a planted leak, gates that tell the truth, and no source named."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from boomerang_batch.audit import audit as module
+from boomerang_batch.audit import compare, readings
+from boomerang_batch.audit.audit import AuditRequest, audit
+from boomerang_batch.audit.calibrate import Calibration, Target, calibrate
+from boomerang_batch.audit.controls import AT_0, AT_T
+from boomerang_batch.audit.findings import ALL, Findings, load_findings
+from boomerang_batch.audit.gates import judge
+from boomerang_batch.audit.pairs import Pairing, Records, gather
+from boomerang_batch.audit.sweep import choose, sweep
+from boomerang_batch.cli import main
+from boomerang_batch.config.blocks import Gates
+from boomerang_batch.config.pipeline import Recipe
+from boomerang_batch.data.manifest import load_manifest
+from boomerang_batch.errors import ConfigError, ManifestError, MeasureError, PrivateDirError
+from boomerang_batch.measures import embedders
+from boomerang_batch.measures.ceiling import noise_ceiling
+from boomerang_batch.run.record import require_record
+from boomerang_batch.run.trial import Rig
+from tests import worlds
+
+SAMPLES = 40
+SHARDS = 2
+
+
+def image(number: int) -> bytes:
+    """Unlike every other, all over: smooth enough for a network, rich enough to be told apart."""
+    pixels = np.random.default_rng(number).integers(0, 256, (4, 4), dtype=np.uint8)
+    return worlds.encoded(np.asarray(Image.fromarray(pixels).resize((8, 8), Image.Resampling.BICUBIC)))
+
+
+def save_world(folder: Path, *, first: int = 0) -> Path:
+    """Shards of images whose keys are canaries, with labels by turns; the manifest's path."""
+    shards = [
+        {
+            f"canary-{number:04d}": {"png": image(number), "cls": str(number % 2).encode()}
+            for number in range(first + shard * SAMPLES, first + (shard + 1) * SAMPLES)
+        }
+        for shard in range(SHARDS)
+    ]
+    return worlds.save_samples(folder, *shards)
+
+
+def asked(out: Path, manifest: Path, **options: object) -> AuditRequest:
+    given: dict[str, object] = {
+        "private_dir": f"{out}-private",
+        "embedders": ("pixels", "pca"),
+        "samples": 1000,
+        "redraws": 0,
+        "gates": Gates(),
+        "device": "cpu",
+        "threads": 1,
+    }
+    return AuditRequest(out=str(out), manifest=load_manifest(str(manifest)), **given | options)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> tuple[Path, Path, Recipe]:
+    """(OUT, manifest, recipe) of a run at a t where sources still show."""
+    folder = tmp_path_factory.mktemp("audited")
+    manifest = save_world(folder / "in")
+    recipe = worlds.recipe(tiny_model, "t.sigma=0.3")
+    report = worlds.run(recipe, manifest, folder / "out")
+    assert report.rows == {"ok": SHARDS * SAMPLES}
+    return folder / "out", manifest, recipe
+
+
+@pytest.fixture(scope="module")
+def found(world: tuple[Path, Path, Recipe], tiny_model: Path) -> Findings:
+    out, manifest, _ = world
+    return audit(asked(out, manifest, redraws=40, model=str(tiny_model)))
+
+
+def rank1(found: Findings, subject: str, attacker: str = readings.NEAREST) -> list[float]:
+    return [one.value for one in found.of("rank-1", subject) if one.attacker == attacker]
+
+
+def test_every_control_is_where_it_belongs(found: Findings):
+    assert rank1(found, "sources") == [1, 1]
+    assert min(rank1(found, AT_0)) == 1  # a model of pixels: nothing hides
+    assert rank1(found, "outputs", readings.RE_RUN_KNOWN) == [1, 1]  # so the secret is one
+    for subject in (AT_T, "unrelated"):
+        for one in found.of("rank-1", subject):
+            assert one.chance is not None
+            off = math.sqrt(one.chance * (1 - one.chance) / one.count)
+            assert abs(one.value - one.chance) < 4 * off
+    [nearest, *_] = rank1(found, "outputs")
+    assert max(rank1(found, AT_T)) < nearest <= 1
+    assert {one.attacker for one in found.of("rank-1")} == {
+        readings.NEAREST,
+        readings.TRAINED,
+        readings.RE_RUN,
+        readings.RE_RUN_KNOWN,
+    }
+
+
+def test_the_noise_lets_through_no_less_than_is_linked(found: Findings):
+    [ceiling] = found.of("rank-1", readings.CEILING)
+    honest = [one for one in found.of("rank-1") if one.attacker != readings.RE_RUN_KNOWN]
+    assert all(one.low is not None and one.low <= ceiling.value for one in honest)
+    assert not [warning for warning in found.warnings if "above the noise ceiling" in warning]
+
+
+def test_the_bound_stands_for_the_records_own_noise(found: Findings):
+    assert found.bound.reasons == ()
+    [sigma] = found.bound.sigmas
+    assert sigma == pytest.approx(0.3, rel=0.2)
+    assert [one.distance for one in found.bound.promises] == ["least", "median", "largest possible"]
+    least, median, largest = found.bound.promises
+    assert 0 < least.delta < median.delta < largest.delta == pytest.approx(2 * 8)
+    assert 0.5 < least.accuracy < largest.accuracy <= 1
+    assert "the label in cls" in found.bound.within
+
+
+def test_findings_are_what_they_were_when_read_again(found: Findings, tmp_path: Path):
+    (tmp_path / "audit.json").write_bytes(found.to_bytes())
+    again = load_findings(str(tmp_path / "audit.json"))
+    assert again.to_bytes() == found.to_bytes()
+    assert again.of("auc") == found.of("auc")
+    (tmp_path / "audit.json").write_text("{}")
+    with pytest.raises(MeasureError, match="is no audit"):
+        load_findings(str(tmp_path / "audit.json"))
+
+
+def test_no_source_is_named(found: Findings):
+    assert b"canary" not in found.to_bytes()
+    assert {len(case.key) for case in found.worst} == {32}
+
+
+def leaky(records: Records, sigma: float, share: float) -> Records:
+    """The records as outputs of noise alone, with a share of the source mixed in."""
+    generator = np.random.default_rng(1)
+    x_0 = records.sources[..., :1].astype(np.float64)
+    noised = x_0 - 127.5 + 127.5 * sigma * generator.standard_normal(x_0.shape)
+    mixed = (1 - share) * noised / (1 + sigma) + share * (x_0 - 127.5)
+    pixels = np.clip(np.rint(mixed + 127.5), 0, 255).astype(np.uint8)
+    return dataclasses.replace(records, outputs=np.repeat(pixels, 3, axis=3))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_a_planted_leak_is_told(world: tuple[Path, Path, Recipe], tmp_path: Path, share: float):
+    out, manifest, _ = world
+    pairing = Pairing(
+        str(out), require_record(str(out)), load_manifest(str(manifest)), private_dir=f"{out}-private"
+    )
+    records = gather(pairing, samples=1000, folder=tmp_path)
+    mixed = leaky(records, 6.0, share)
+    seen = compare.Seen.by(embedders.load("pixels", fit_on=records.sources), mixed)
+    x_0 = (records.sources[..., :1] / 127.5 - 1).reshape(len(records.rows), -1)
+    ceiling = noise_ceiling(x_0, np.full(len(records.rows), 6.0), groups=records.groups)
+    told = [*module._above([*compare.links(mixed, seen)], readings.NEAREST, ceiling.rank[1])]
+    assert bool(told) == bool(share), told
+
+
+def test_a_gate_is_judged_by_the_bad_end(found: Findings):
+    rated = dataclasses.replace(found.of("rank-1")[0], value=0.5, low=0.4, high=0.6)
+    found = dataclasses.replace(found, readings=(rated, *found.of("label-agreement")))
+    gates = judge(found, Gates(max_rank1=0.5, min_label_agreement=0.0))
+    assert [gate.broken for gate in gates if gate.gate == "min_label_agreement"] == [False, False]
+    assert all(gate.broken for gate in gates if gate.gate == "max_rank1")
+    assert [gate.broken for gate in judge(found, Gates(max_rank1=0.6))] == [False]
+    assert judge(found, Gates()) == ()
+    nothing = dataclasses.replace(found, readings=())
+    with pytest.raises(MeasureError, match="gate max_tar: nothing of it was measured"):
+        judge(nothing, Gates(max_tar=0.5))
+
+
+def test_the_command_ends_with_4_where_a_gate_is_broken(world: tuple[Path, Path, Recipe], tmp_path: Path):
+    out, manifest, _ = world
+    words = ["audit", str(out), "--against", str(manifest), "--redraw", "0", "--save", str(tmp_path / "a.json")]
+    told = CliRunner().invoke(main, [*words, "--private-dir", f"{out}-private", "--max-rank1", "0"])
+    assert told.exit_code == 4, told.output
+    assert "gate max_rank1 0: BROKEN by rank-1 · outputs · nearest · pixels" in told.stdout
+    assert "no noise ceiling" in told.stdout
+    assert any(gate.broken for gate in load_findings(str(tmp_path / "a.json")).gates)
+    told = CliRunner().invoke(main, [*words, "--private-dir", f"{out}-private", "--max-rank1", "1", "--json"])
+    assert (told.exit_code, json.loads(told.stdout)["audited"]) == (0, SHARDS * SAMPLES)
+    told = CliRunner().invoke(main, words)
+    assert told.exit_code == 2
+    assert "--private-dir" in told.stderr
+
+
+def test_a_runs_gate_judges_before_the_rest_is_spent(tmp_path: Path, tiny_model: Path):
+    manifest = save_world(tmp_path / "in")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(worlds.recipe_text(tiny_model))
+    words = [
+        "run",
+        str(recipe),
+        str(manifest),
+        str(tmp_path / "out"),
+        "--private-dir",
+        str(tmp_path / "private"),
+    ]
+    words += ["--device", "cpu", "--threads", "1", "--set", f"run.gate.samples={SAMPLES - 1}"]
+    told = CliRunner().invoke(main, [*words, "--set", "run.gate.max_rank1=0"])
+    assert told.exit_code == 4, told.output
+    assert f"the gate is broken by the first {SAMPLES - 1} outputs: max_rank1 0: rank-1" in told.stderr
+    assert len([*(tmp_path / "out").glob("*_stats.json")]) == 1
+    told = CliRunner().invoke(main, [*words, "--set", "run.gate.max_rank1=1"])
+    assert told.exit_code == 0, told.output
+    assert len([*(tmp_path / "out").glob("*_stats.json")]) == SHARDS
+
+
+def test_a_sample_is_whole_shards_and_the_same_each_time(world: tuple[Path, Path, Recipe], tmp_path: Path):
+    out, manifest, _ = world
+    record, listed = require_record(str(out)), load_manifest(str(manifest))
+    pairing = Pairing(str(out), record, listed, private_dir=f"{out}-private")
+    chosen = pairing.choose(SAMPLES + 5)
+    assert [len(rows) for _, rows in chosen] == [SAMPLES, 5]
+    assert pairing.choose(SAMPLES + 5) == chosen
+    records = gather(pairing, samples=SAMPLES + 5, folder=tmp_path)
+    assert len(set(records.samples)) == len(records.rows) == SAMPLES + 5
+    assert records.outputs.shape == records.sources.shape == (SAMPLES + 5, 8, 8, 3)
+    # Each source is the one that its own key names.
+    for place, identity in enumerate(records.identities):
+        number = int(records.samples[identity][1].removeprefix("canary-"))
+        with Image.open(io.BytesIO(image(number))) as picture:
+            assert (records.sources[place, ..., 0] == np.asarray(picture)).all()
+        assert records.labels[place] == number % 2
+
+
+def test_variants_of_a_sample_are_one_identity(tmp_path: Path, tiny_model: Path):
+    manifest = save_world(tmp_path / "in")
+    recipe = worlds.recipe(tiny_model, "variants=2", "fields.fields={}", "t.sigma=0.2")
+    worlds.run(recipe, manifest, tmp_path / "out")
+    told = audit(asked(tmp_path / "out", manifest, model=str(tiny_model), redraws=20))
+    assert told.audited == 2 * SHARDS * SAMPLES
+    assert len(told.bound.sigmas) == told.bound.observations == 2
+    assert rank1(told, "sources") == [1, 1]
+    assert min(rank1(told, "outputs", readings.RE_RUN_KNOWN)) == 1
+
+
+def test_outputs_that_anyone_may_link_are_measured_too(tmp_path: Path, tiny_model: Path):
+    manifest = save_world(tmp_path / "in")
+    worlds.run(worlds.recipe(tiny_model, purpose="augment"), manifest, tmp_path / "out")
+    told = audit(asked(tmp_path / "out", manifest, private_dir=None))
+    assert told.bound.reasons
+    assert told.bound.promises == ()
+
+
+def test_little_noise_on_the_way_back_is_warned_of(tmp_path: Path, tiny_model: Path):
+    manifest = save_world(tmp_path / "in")
+    worlds.run(worlds.recipe(tiny_model, "sampler.eta=0.0"), manifest, tmp_path / "out")
+    told = audit(asked(tmp_path / "out", manifest))
+    assert any("sampler.eta is 0" in warning for warning in told.warnings)
+
+
+def test_what_does_not_belong_together_is_refused(world: tuple[Path, Path, Recipe], tmp_path: Path):
+    out, manifest, _ = world
+    other = tmp_path / "other" / "manifest.yaml"
+    other.parent.mkdir()
+    other.write_text("format_version: 1\nname: other\nshards: ['x-000.tar']\n")
+    with pytest.raises(ManifestError, match="manifest other lists no shard that"):
+        audit(asked(out, other))
+    with pytest.raises(PrivateDirError):
+        audit(asked(out, manifest, private_dir=None))
+    # Shards of the same names, but other samples.
+    strangers = save_world(tmp_path / "strangers", first=1000)
+    with pytest.raises(ManifestError, match=r"lacks .* sample"):
+        audit(asked(out, strangers))
+
+
+class Constant:
+    """Sees the same in every picture."""
+
+    name, digest, licence = "constant", "0" * 64, "none"
+
+    def embed(self, images: np.ndarray) -> np.ndarray:
+        return np.ones((len(images), 4), np.float32)
+
+
+def test_an_embedder_that_sees_nothing_is_refused(
+    world: tuple[Path, Path, Recipe], monkeypatch: pytest.MonkeyPatch
+):
+    out, manifest, _ = world
+    monkeypatch.setitem(embedders.BUILT_IN, "constant", lambda fit_on: Constant())
+    with pytest.raises(MeasureError, match=r"differ|same"):
+        audit(asked(out, manifest, embedders=("pixels", "constant")))
+
+
+@pytest.fixture(scope="module")
+def rig(world: tuple[Path, Path, Recipe]):
+    with Rig(world[2], device="cpu", threads=1) as open_rig:
+        yield open_rig
+
+
+def test_a_sweep_shows_each_t(world: tuple[Path, Path, Recipe], rig: Rig):
+    _, manifest, recipe = world
+    samples = choose(recipe, load_manifest(str(manifest)), 30)
+    told = sweep(rig, recipe, samples, [("fraction", 0.0), ("sigma", 1.0)], embedders=("pixels",), shown=4)
+    assert [level.t for level in told.levels] == ["fraction=0", "sigma=1"]
+    nothing, much = told.levels
+    assert nothing.evaluations == 0 < much.evaluations
+    assert much.sigma == pytest.approx(1.0, rel=0.3)
+    ranks = [
+        [
+            one.value
+            for one in level.readings
+            if (one.measure, one.subject, one.stratum) == ("rank-1", "outputs", ALL)
+        ]
+        for level in told.levels
+    ]
+    assert ranks[0][0] == 1 > ranks[1][0]
+    with Image.open(io.BytesIO(told.grid)) as grid:
+        assert grid.size == (3 * 100 + 4, 4 * 100 + 4)
+    json.dumps(told.facts())
+
+
+def searched(rig: Rig, world: tuple[Path, Path, Recipe], text: str) -> Calibration:
+    _, manifest, recipe = world
+    samples = choose(recipe, load_manifest(str(manifest)), 60)
+    return calibrate(rig, recipe, samples[:40], samples[40:], Target.parse(text), embedders=("pixels",))
+
+
+def test_calibrate_finds_the_least_t(rig: Rig, world: tuple[Path, Path, Recipe]):
+    told = searched(rig, world, "rank1<=.6")
+    assert told.checked is not None
+    assert told.beside == pytest.approx(told.t - 0.05)
+    reached = {level.t: told.target.reached(level) for level in told.searched}
+    assert reached[f"fraction={told.t:g}"]
+    assert not reached[f"fraction={told.beside:g}"]
+
+
+def test_calibrate_says_that_no_t_reaches_a_target(rig: Rig, world: tuple[Path, Path, Recipe]):
+    told = searched(rig, world, "psnr>=90")
+    assert (told.t, told.checked, told.holds) == (None, None, False)
+
+
+@pytest.mark.parametrize("text", ["rank1<.5", "rank1<=much", "beauty>=1", "rank1<=1.2.3"])
+def test_a_target_without_meaning_is_refused(text: str):
+    with pytest.raises(ConfigError, match="--target"):
+        Target.parse(text)
