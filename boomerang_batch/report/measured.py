@@ -1,0 +1,234 @@
+"""An audit's findings as sections: who is linked to a source, what is copied, what use is left.
+
+Under anonymize what OUT's report tells of an audit are numbers over many records alone: which outputs are most
+like their sources would tell an attacker where to begin.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from boomerang_batch import storage
+from boomerang_batch.audit.findings import ALL, AUDIT_NAME, OUTPUTS, Findings, Gate, Reading, load_findings
+from boomerang_batch.errors import ConfigError
+from boomerang_batch.report.facts import Facts
+from boomerang_batch.report.sections import Curve, Line, Points, Section, Table, Verdict
+from boomerang_batch.report.words import number, percent, plural
+
+_CEILING = "noise ceiling"
+_ROWS = 60
+_LINKED = {
+    "rank-1": "its own source is the first guess",
+    "rank-5": "its own source is among the first 5 guesses",
+    "rank-10": "its own source is among the first 10 guesses",
+    "one-to-one": "matched to its own source, all being matched at once",
+    "auc": "its own source comes before another's",
+    "tar@far=0.01": "taken for its source where 1 % of strangers are",
+    "tar@far=0.001": "taken for its source where 0.1 % of strangers are",
+    "misses": "nothing found to compare",
+}
+_COPIES = {
+    "own-is-closest": "of all sources its own is nearest",
+    "copies": "nearer to a source than 95 % of other pictures are",
+    "near-duplicates": "nearly the same as another output",
+    "exact-duplicates": "the same as another output",
+    "training-copies": "nearer to a picture the model was trained on than 95 % of other pictures are",
+    "training-swaps": "nearer to a picture the model was trained on than to its own source",
+    "median-dcr": "distance to the nearest source, median",
+    "median-nndr": "nearest source by second nearest, median",
+    "median-own-by-nearest-other": "own source by nearest other, median",
+    "median-dcr-to-training": "distance to the nearest training picture, median",
+}
+_USE = {
+    "label-agreement": "keeps its label",
+    "fd": "Frechet distance to the sources together",
+    "kd": "kernel distance to the sources together",
+    "precision": "precision: outputs that look like some source",
+    "recall": "recall: sources that some output looks like",
+    "density": "density",
+    "coverage": "coverage",
+    "median-psnr-db": "PSNR to its own source, median, in dB",
+    "median-ssim": "SSIM to its own source, median",
+    "median-fine-detail-db": "fine detail against its own source, median, in dB",
+}
+_LESS_IS_WORSE = frozenset(
+    {
+        *("label-agreement", "precision", "recall", "density", "coverage"),
+        *(name for name in (*_COPIES, *_USE) if name.startswith("median")),
+    }
+)
+_SHARES = frozenset(
+    {
+        *(name for name in (*_LINKED, *_COPIES) if not name.startswith("median")),
+        *("label-agreement", "precision", "recall", "coverage"),
+    }
+)
+
+
+def find_audit(facts: Facts, *, given: str | None, homes: Iterable[str]) -> Findings | None:
+    """The audit in the file given, else in the first of these folders that has one.
+
+    Raises MeasureError for what is no audit, and ConfigError for that of another run.
+    """
+    places = [given] if given else [storage.join(home, AUDIT_NAME) for home in homes]
+    place = next((place for place in places if given or storage.exists(place)), None)
+    if place is None:
+        return None
+    findings, record = load_findings(place), facts.record
+    shards = {case.shard.partition("~")[0] for case in findings.worst}
+    ours = (record.recipe_digest, record.model_digest, record.noise_key_id)
+    theirs = (findings.recipe_digest, findings.model_digest, findings.noise_key_id)
+    if theirs != ours or not shards <= set(record.shards):
+        raise ConfigError(f"{place} is the audit of another run; audit this output, or remove it")
+    return findings
+
+
+def sections(findings: Findings | None) -> list[Section]:
+    """What was measured."""
+    if findings is None:
+        return []
+    linked = _readings(findings, _LINKED)
+    found = [_linked(findings, linked)] if linked else []
+    for anchor, title, meanings in (("copies", "What is copied", _COPIES), ("use", "What use is left", _USE)):
+        readings = [one for one in _readings(findings, meanings) if one.subject == OUTPUTS]
+        if readings:
+            tables = [_table("The worst of each measure", _worst(readings), meanings)]
+            classes = _classes(findings) if anchor == "use" else None
+            tables += [classes] if classes else []
+            details = (_table("Every measure", readings, meanings),)
+            found.append(Section(anchor=anchor, title=title, tables=tuple(tables), details=details))
+    return found
+
+
+def _worst(readings: Sequence[Reading]) -> list[Reading]:
+    """Of each measure the reading that is worst."""
+    found: dict[str, Reading] = {}
+    for one in readings:
+        before = found.setdefault(one.measure, one)
+        sign = -1 if one.measure in _LESS_IS_WORSE else 1
+        if sign * one.value > sign * before.value:
+            found[one.measure] = one
+    return list(found.values())
+
+
+def _linked(findings: Findings, readings: Sequence[Reading]) -> Section:
+    outputs = [one for one in readings if one.subject == OUTPUTS]
+    controls = [one for one in readings if one.subject != OUTPUTS and one.measure == "rank-1"]
+    tables = [_table("The worst of each measure", _worst(outputs), _LINKED)]
+    if controls:
+        caption = "The same at the first guess where the answer is known"
+        tables.append(_table(caption, controls, _LINKED))
+    ranks = _ranks(readings)
+    return Section(
+        anchor="linked",
+        title="Who can be found again",
+        verdict=_verdict(findings, outputs),
+        prose=(
+            f"{findings.audited:,} of {plural(findings.outputs, 'output')} were audited: each was "
+            "compared, by every method listed, with the sources it could have been made from. An interval "
+            "holds the true share 19 times in 20. Another method may find more than these.",
+        ),
+        curves=(ranks,) if ranks else (),
+        tables=tuple(tables) if outputs or controls else (),
+        details=(_table("Every measure", readings, _LINKED),),
+        points=(Points(heading="Take care", sentences=findings.warnings),) if findings.warnings else (),
+    )
+
+
+def _verdict(findings: Findings, outputs: Sequence[Reading]) -> Verdict | None:
+    broken = [gate for gate in findings.gates if gate.broken]
+    if broken:
+        return Verdict(
+            fine=False, text=f"{plural(len(broken), 'limit')} broken: {', '.join(map(_gate, broken))}"
+        )
+    if findings.gates:
+        return Verdict(fine=True, text=f"Every limit was kept: {', '.join(map(_gate, findings.gates))}")
+    first = [one for one in outputs if one.measure == "rank-1"]
+    if not first:
+        return None
+    worst = max(first, key=lambda one: one.value)
+    chance = "" if worst.chance is None else f", where guessing comes to {percent(worst.chance)}"
+    return Verdict(fine=None, text=f"At worst {percent(worst.value)} are led back to their own source{chance}")
+
+
+def _gate(gate: Gate) -> str:
+    return f"{gate.gate} {gate.limit:g}"
+
+
+def _ranks(readings: Sequence[Reading]) -> Curve | None:
+    """Shares found within the first k guesses: the worst method, what noise alone allows, and chance."""
+    first = [one for one in readings if one.measure == "rank-1" and one.subject == OUTPUTS]
+    if not first:
+        return None
+    worst = max(first, key=lambda one: one.value)
+    found: dict[str, dict[float, float]] = {"outputs, the worst method": {}, "noise ceiling": {}, "chance": {}}
+    for one in readings:
+        guesses = re.fullmatch(r"rank-([0-9]+)", one.measure)
+        if guesses and (one.subject, one.attacker, one.features) == (OUTPUTS, worst.attacker, worst.features):
+            found["outputs, the worst method"][float(guesses[1])] = one.value
+            if one.chance is not None:
+                found["chance"][float(guesses[1])] = one.chance
+        elif guesses and one.subject == _CEILING:
+            found["noise ceiling"][float(guesses[1])] = one.value
+    lines = tuple(
+        Line(name=name, points=tuple(sorted(points.items())))
+        for name, points in found.items()
+        if len(points) > 1
+    )
+    if not lines or len(found["outputs, the worst method"]) < 2:
+        return None
+    rows = tuple(
+        (f"{k:g}", *(percent(found[line.name][k]) if k in found[line.name] else "–" for line in lines))
+        for k, _ in lines[0].points
+    )
+    title = "How often a source is found within so many guesses"
+    return Curve(
+        title=title,
+        x="guesses",
+        y="found",
+        lines=lines,
+        y_percent=True,
+        table=Table(caption=title, head=("Guesses", *(line.name.capitalize() for line in lines)), rows=rows),
+    )
+
+
+def _classes(findings: Findings) -> Table | None:
+    """Labels that are kept least, worst first."""
+    found = [
+        one
+        for one in findings.readings
+        if one.measure == "label-agreement" and one.subject == OUTPUTS and one.stratum != ALL
+    ]
+    found.sort(key=lambda one: (one.value, one.stratum))
+    rows = tuple((one.stratum, *_numbers(one)) for one in found[:_ROWS])
+    head = ("Of", "Keep their label", "95 % interval", "By chance", "Records")
+    return Table(caption="By class, the worst first", head=head, rows=rows) if rows else None
+
+
+def _readings(findings: Findings, meanings: Iterable[str]) -> list[Reading]:
+    order = {name: place for place, name in enumerate(meanings)}
+    found = [one for one in findings.readings if one.measure in order and one.stratum == ALL]
+    return sorted(found, key=lambda one: (order[one.measure], -one.value if one.value == one.value else 0.0))
+
+
+def _table(caption: str, readings: Sequence[Reading], meanings: Mapping[str, str]) -> Table:
+    def of(one: Reading) -> str:
+        subject = "" if one.subject == OUTPUTS else one.subject
+        return ", ".join(filter(None, (subject, one.attacker, one.features))) or "–"
+
+    return Table(
+        caption=caption,
+        head=("What", "Of, by, in", "Value", "95 % interval", "By chance", "Records"),
+        rows=tuple((meanings[one.measure], of(one), *_numbers(one)) for one in readings[:_ROWS]),
+        words=2,
+    )
+
+
+def _numbers(one: Reading) -> tuple[str, str, str, str]:
+    share = one.measure in _SHARES
+    write = percent if share else number
+    low, high = ("" if end is None else write(end) for end in (one.low, one.high))
+    between = f"{low.removesuffix(' %') if share else low} to {high}" if low and high else "–"
+    chance = "–" if one.chance is None else write(one.chance)
+    return write(one.value), between, chance, f"{one.count:,}"
