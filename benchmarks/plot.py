@@ -68,10 +68,10 @@ def _panel(
         at, _ = place(x, math.exp(y_low))
         pen.line([_at(at, TOP), _at(at, height - BOTTOM)], fill="#eeeeee", width=DOUBLING)
         _text(pen, at, height - BOTTOM + 4, f"{x:g}", anchor="ma", size=11)
-    for power in range(math.ceil(y_low / math.log(10) - 1e-9), math.floor(y_high / math.log(10) + 1e-9) + 1):
-        _, at = place(math.exp(x_low), 10.0**power)
+    for y in _ticks(math.exp(y_low), math.exp(y_high)):
+        _, at = place(math.exp(x_low), y)
         pen.line([_at(left + LEFT, at), _at(left + width - RIGHT, at)], fill="#dddddd", width=DOUBLING)
-        _text(pen, left + LEFT - 6, at, f"{10.0**power:g}", anchor="rm", size=11)
+        _text(pen, left + LEFT - 6, at, f"{y:g}", anchor="rm", size=11)
     corners = [_at(left + LEFT, TOP), _at(left + width - RIGHT, height - BOTTOM)]
     pen.rectangle(corners, outline="#888888", width=DOUBLING)
     if panel.floor:
@@ -93,6 +93,16 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
     low, high = math.log(min(values)), math.log(max(values))
     room = max(0.05 * (high - low), 0.05)
     return low - room, high + room
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Powers of ten in the range; with twice and five times each where there are too few."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in ((1,), (1, 2, 5)):
+        found = [step * 10.0**power for power in powers for step in steps if low <= step * 10.0**power <= high]
+        if len(found) > 2:
+            break
+    return found
 
 
 def _at(x: float, y: float) -> tuple[float, float]:

@@ -104,7 +104,7 @@ def test_without_the_links_nobody_knows_whose_sample_failed(tmp_path, tiny_model
     breaks.__exit__(None, None, None)
     for path in (tmp_path / "out-private" / "links").iterdir():
         path.unlink()
-    with pytest.raises(PrivateDirError, match="which tells whose samples of shard"):
+    with pytest.raises(PrivateDirError, match="which tells the sources of shard"):
         worlds.run(recipe, manifest, tmp_path / "out", only_failed=True)
 
 

@@ -10,16 +10,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from boomerang_batch import storage
 from boomerang_batch.data.provenance import Row, read_rows
-from boomerang_batch.errors import ConfigError, ObjectMissingError, PrivateDirError, VerificationError
+from boomerang_batch.errors import ConfigError, PrivateDirError, VerificationError
 from boomerang_batch.run.appendix import appendices
 from boomerang_batch.run.commit import MARKER_SUFFIX, PROVENANCE_SUFFIX
 from boomerang_batch.run.keys import read_keys
-from boomerang_batch.run.links import links_url
+from boomerang_batch.run.links import read_links
 from boomerang_batch.run.record import RunRecord, read_record
 
 
@@ -123,14 +120,7 @@ def _linked(out: str, private_dir: str, name: str, key: str) -> Iterator[Origin]
 
 
 def _links(private_dir: str, name: str, key: str) -> list[dict[str, Any]]:
-    url = links_url(private_dir, name)
-    try:
-        with storage.open_read(url) as stream:
-            table = pq.read_table(stream)
-    except ObjectMissingError as error:
-        raise PrivateDirError(f"{url} is missing, which links shard {name} to its sources") from error
-    except (pa.ArrowException, OSError) as error:
-        raise PrivateDirError(f"{url} is not a table of links: {error}") from error
+    table = read_links(private_dir, name)
     both = zip(table.column("row_key").to_pylist(), table.column("source_key").to_pylist(), strict=True)
     hits = [index for index, names in enumerate(both) if key in names and None not in names]
     return list(table.take(hits).to_pylist()) if hits else []

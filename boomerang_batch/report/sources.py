@@ -11,15 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from boomerang_batch import storage
 from boomerang_batch.config.pipeline import Recipe
 from boomerang_batch.data.manifest import Manifest
 from boomerang_batch.data.provenance import Row
-from boomerang_batch.errors import ConfigError, ManifestError, ObjectMissingError, PrivateDirError
+from boomerang_batch.errors import ConfigError, ManifestError, PrivateDirError
 from boomerang_batch.report.facts import Facts, Failure
-from boomerang_batch.run.links import links_url
+from boomerang_batch.run.links import read_links
 from boomerang_batch.run.naming import Naming
 from boomerang_batch.run.private import load_secret, prepare_private_dir
 from boomerang_batch.run.record import read_record
@@ -60,12 +58,7 @@ class Sources:
 
     def links(self, shard: str) -> list[dict[str, Any]]:
         """The private dir's rows of a shard. Raises PrivateDirError where they are missing."""
-        url = links_url(self.private_dir or "", shard)
-        try:
-            with storage.open_read(url) as stream:
-                return list(pq.read_table(stream).to_pylist())
-        except ObjectMissingError as error:
-            raise PrivateDirError(f"{url} is missing, which tells the sources of shard {shard}") from error
+        return list(read_links(self.private_dir or "", shard).to_pylist())
 
     def named(self, failure: Failure) -> Failure:
         """A failure with the name and the sentence that OUT keeps to itself."""

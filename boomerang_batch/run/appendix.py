@@ -14,9 +14,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 import pyarrow.parquet as pq
 
 from boomerang_batch import storage
-from boomerang_batch.errors import ObjectMissingError, PrivateDirError
 from boomerang_batch.run.commit import MARKER_SUFFIX, PROVENANCE_SUFFIX
-from boomerang_batch.run.links import links_url
+from boomerang_batch.run.links import read_links
 from boomerang_batch.run.naming import ORIGINAL
 from boomerang_batch.run.tasks import Task
 
@@ -79,12 +78,7 @@ def _status(out: str, name: str) -> Mapping[tuple[str, int], str]:
 
 
 def _private_status(private_dir: str, name: str) -> Mapping[tuple[str, int], str]:
-    url = links_url(private_dir, name)
-    try:
-        with storage.open_read(url) as stream:
-            rows = pq.read_table(stream, columns=["source_key", "variant", "status"]).to_pylist()
-    except ObjectMissingError as error:
-        raise PrivateDirError(f"{url} is missing, which tells whose samples of shard {name} failed") from error
+    rows = read_links(private_dir, name, columns=["source_key", "variant", "status"]).to_pylist()
     return {(row["source_key"], row["variant"]): row["status"] for row in rows if row["source_key"] is not None}
 
 

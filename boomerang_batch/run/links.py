@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from boomerang_batch import storage
 from boomerang_batch.data.provenance import ROW_GROUP_ROWS, Row
+from boomerang_batch.errors import ObjectMissingError, PrivateDirError
 from boomerang_batch.run.ledger import Source
 from boomerang_batch.run.tasks import Task
 
@@ -53,6 +54,20 @@ def write_links(private_dir: str, task: Task, rows: Iterable[tuple[Source, Row]]
             writer.write_table(pa.Table.from_pylist(group, schema=SCHEMA))
     storage.make_folder(storage.join(private_dir, "links"))
     storage.publish_bytes(built.getvalue(), links_url(private_dir, task.name))
+
+
+def read_links(private_dir: str, name: str, *, columns: Sequence[str] | None = None) -> pa.Table:
+    """The links of shard `name`. Raises PrivateDirError where there are none, or they are no such table."""
+    url = links_url(private_dir, name)
+    try:
+        with storage.open_read(url) as stream:
+            return pq.read_table(stream, columns=columns)
+    except ObjectMissingError as error:
+        raise PrivateDirError(
+            f"{url} is missing, which tells the sources of shard {name}; give the run's own private dir"
+        ) from error
+    except (pa.ArrowException, OSError) as error:
+        raise PrivateDirError(f"{url} is not a table of links: {error}") from error
 
 
 def links_url(private_dir: str, name: str) -> str:
