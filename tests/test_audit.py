@@ -17,7 +17,7 @@ from boomerang_batch.audit import audit as module
 from boomerang_batch.audit import compare, readings
 from boomerang_batch.audit.audit import AuditRequest, audit
 from boomerang_batch.audit.calibrate import Calibration, Target, calibrate
-from boomerang_batch.audit.controls import AT_0, AT_T
+from boomerang_batch.audit.controls import AT_0, AT_T, SECRET_KNOWN
 from boomerang_batch.audit.findings import ALL, Findings, load_findings
 from boomerang_batch.audit.gates import judge
 from boomerang_batch.audit.pairs import Pairing, Records, gather
@@ -92,7 +92,7 @@ def rank1(found: Findings, subject: str, attacker: str = readings.NEAREST) -> li
 def test_every_control_is_where_it_belongs(found: Findings):
     assert rank1(found, "sources") == [1, 1]
     assert min(rank1(found, AT_0)) == 1  # a model of pixels: nothing hides
-    assert rank1(found, "outputs", readings.RE_RUN_KNOWN) == [1, 1]  # so the secret is one
+    assert rank1(found, SECRET_KNOWN, readings.RE_RUN) == [1, 1]  # so the secret is one
     for subject in (AT_T, "unrelated"):
         for one in found.of("rank-1", subject):
             assert one.chance is not None
@@ -104,14 +104,12 @@ def test_every_control_is_where_it_belongs(found: Findings):
         readings.NEAREST,
         readings.TRAINED,
         readings.RE_RUN,
-        readings.RE_RUN_KNOWN,
     }
 
 
 def test_the_noise_lets_through_no_less_than_is_linked(found: Findings):
     [ceiling] = found.of("rank-1", readings.CEILING)
-    honest = [one for one in found.of("rank-1") if one.attacker != readings.RE_RUN_KNOWN]
-    assert all(one.low is not None and one.low <= ceiling.value for one in honest)
+    assert all(one.low is not None and one.low <= ceiling.value for one in found.of("rank-1"))
     assert not [warning for warning in found.warnings if "above the noise ceiling" in warning]
 
 
@@ -242,7 +240,7 @@ def test_variants_of_a_sample_are_one_identity(tmp_path: Path, tiny_model: Path)
     assert told.audited == 2 * SHARDS * SAMPLES
     assert len(told.bound.sigmas) == told.bound.observations == 2
     assert rank1(told, "sources") == [1, 1]
-    assert min(rank1(told, "outputs", readings.RE_RUN_KNOWN)) == 1
+    assert min(rank1(told, SECRET_KNOWN, readings.RE_RUN)) == 1
 
 
 def test_outputs_that_anyone_may_link_are_measured_too(tmp_path: Path, tiny_model: Path):

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from boomerang_batch.audit.findings import OUTPUTS, Reading
 from boomerang_batch.audit.pairs import Pairing, Records, chosen_samples
-from boomerang_batch.audit.readings import RE_RUN, RE_RUN_KNOWN, linked
+from boomerang_batch.audit.readings import RE_RUN, linked
 from boomerang_batch.config.pipeline import Recipe
 from boomerang_batch.data import images
 from boomerang_batch.measures.attackers import training_half
@@ -28,7 +28,7 @@ from boomerang_batch.measures.embedders import Embedder
 from boomerang_batch.measures.linkability import linkability
 from boomerang_batch.run.trial import Outcome, Rig, at_t, fresh_noise
 
-AT_0, AT_T = "t = 0", "t = T"
+AT_0, AT_T, SECRET_KNOWN = "t = 0", "t = T", "secret known"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,10 +96,10 @@ def redrawn(
     for subject, (other, key) in ends.items():
         drawn = redraw(rig, other, pairing, records, places, secret=key)
         yield from _of_sources(drawn, records, embedders, subject=subject)
-    attacks = {RE_RUN_KNOWN: (recipe, secret), RE_RUN: (anew, other_secret)}
-    for attacker, (other, key) in attacks.items():
+    attacks = {SECRET_KNOWN: (recipe, secret), OUTPUTS: (anew, other_secret)}
+    for subject, (other, key) in attacks.items():
         drawn = redraw(rig, other, pairing, records, places, secret=key)
-        yield from _of_candidates(drawn, records, embedders, attacker=attacker)
+        yield from _of_candidates(drawn, records, embedders, subject=subject)
 
 
 def model_space(rig: Rig, pairing: Pairing, records: Records, folder: Path) -> Space:
@@ -143,7 +143,7 @@ def _of_sources(
 
 
 def _of_candidates(
-    redrawn: Redrawn, records: Records, embedders: Sequence[Embedder], *, attacker: str
+    redrawn: Redrawn, records: Records, embedders: Sequence[Embedder], *, subject: str
 ) -> Iterator[Reading]:
     """The released outputs against every candidate drawn anew."""
     at = redrawn.places
@@ -155,7 +155,7 @@ def _of_candidates(
                 groups=records.groups[at],
                 identities=records.identities[at],
             )
-            yield from linked(found, subject=OUTPUTS, attacker=attacker, features=embedder.name)
+            yield from linked(found, subject=subject, attacker=RE_RUN, features=embedder.name)
 
 
 def states(

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 
 from boomerang_batch.audit.findings import Findings, Gate, Reading
-from boomerang_batch.audit.readings import FD, LABEL_AGREEMENT, RANK, RE_RUN_KNOWN
+from boomerang_batch.audit.readings import FD, LABEL_AGREEMENT, RANK
 from boomerang_batch.config.blocks import Gates
 from boomerang_batch.errors import MeasureError
 
@@ -26,8 +26,7 @@ def judge(findings: Findings, limits: Gates) -> tuple[Gate, ...]:
     ):
         if limit is None:
             continue
-        # Whoever has the secret needs no attack: that row shows why it is one.
-        readings = [reading for reading in findings.of(measure) if reading.attacker != RE_RUN_KNOWN]
+        readings = findings.of(measure)
         if not readings:
             raise MeasureError(
                 f"gate {name}: nothing of it was measured ({measure}); audit against the manifest, and with a "

@@ -19,7 +19,7 @@ from boomerang_batch.measures.likeness import Likeness
 from boomerang_batch.measures.linkability import Linkability
 
 RANK, ONE_TO_ONE, AUC, TAR = "rank-{}", "one-to-one", "auc", "tar@far={:g}"
-NEAREST, TRAINED, RE_RUN, RE_RUN_KNOWN = "nearest", "trained", "re-run", "re-run, secret known"
+NEAREST, TRAINED, RE_RUN = "nearest", "trained", "re-run"
 CEILING = "noise ceiling"
 LABEL_AGREEMENT, FD, KD = "label-agreement", "fd", "kd"
 

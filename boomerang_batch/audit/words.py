@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from boomerang_batch.audit.findings import ALL, Bound, Findings, Reading
-from boomerang_batch.audit.readings import AUC, FD, KD, LABEL_AGREEMENT, ONE_TO_ONE, RANK, TAR
+from boomerang_batch.audit.findings import ALL, OUTPUTS, Bound, Findings, Reading
+from boomerang_batch.audit.readings import AUC, CEILING, FD, KD, LABEL_AGREEMENT, ONE_TO_ONE, RANK, TAR
 
 _LINKED = (RANK.format(1), RANK.format(10), ONE_TO_ONE, AUC, TAR.format(0.01), "misses")
 _COPIES = ("copies", "own-is-closest", "near-duplicates", "exact-duplicates", "median-nndr", "training-copies")
@@ -45,11 +45,17 @@ def _table(findings: Findings, measures: Sequence[str]) -> Iterator[str]:
         (one.measure, one.subject, one.attacker, one.features, _with_interval(one), _chance(one))
         for measure in measures
         for one in findings.readings
-        if one.measure == measure and one.stratum == ALL
+        if one.measure == measure and one.stratum == ALL and _tells(one)
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(6)] if rows else []
     for row in rows:
         yield "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def _tells(one: Reading) -> bool:
+    """Whether a line is worth reading: controls by the first measure alone, and nothing that has to be."""
+    control = one.subject not in (OUTPUTS, CEILING) and one.measure in _LINKED[1:]
+    return not control and (one.chance is None or one.chance < 1)
 
 
 def _classes(findings: Findings) -> list[str]:
@@ -57,7 +63,7 @@ def _classes(findings: Findings) -> list[str]:
     found = [
         one
         for one in findings.readings
-        if one.measure == LABEL_AGREEMENT and one.subject == "outputs" and one.stratum != ALL
+        if one.measure == LABEL_AGREEMENT and one.subject == OUTPUTS and one.stratum != ALL
     ]
     found.sort(key=lambda one: one.value)
     return [f"  {one.stratum}  {one.features}  {_with_interval(one)}" for one in found[:_WORST_SHOWN]]

@@ -137,13 +137,13 @@ def _linked(findings: Findings, readings: Sequence[Reading]) -> Section:
 
 
 def _verdict(findings: Findings, outputs: Sequence[Reading]) -> Verdict | None:
-    broken = [gate for gate in findings.gates if gate.broken]
+    # A limit is judged for every attacker and embedder.
+    broken = dict.fromkeys(_gate(gate) for gate in findings.gates if gate.broken)
     if broken:
-        return Verdict(
-            fine=False, text=f"{plural(len(broken), 'limit')} broken: {', '.join(map(_gate, broken))}"
-        )
+        return Verdict(fine=False, text=f"{plural(len(broken), 'limit')} broken: {', '.join(broken)}")
     if findings.gates:
-        return Verdict(fine=True, text=f"Every limit was kept: {', '.join(map(_gate, findings.gates))}")
+        kept = dict.fromkeys(map(_gate, findings.gates))
+        return Verdict(fine=True, text=f"Every limit was kept: {', '.join(kept)}")
     first = [one for one in outputs if one.measure == "rank-1"]
     if not first:
         return None
