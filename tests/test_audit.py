@@ -192,6 +192,7 @@ def test_the_command_ends_with_4_where_a_gate_is_broken(world: tuple[Path, Path,
     assert "--private-dir" in told.stderr
 
 
+@pytest.mark.slow
 def test_a_runs_gate_judges_before_the_rest_is_spent(tmp_path: Path, tiny_model: Path):
     manifest = save_world(tmp_path / "in")
     recipe = tmp_path / "recipe.yaml"
@@ -232,6 +233,7 @@ def test_a_sample_is_whole_shards_and_the_same_each_time(world: tuple[Path, Path
         assert records.labels[place] == number % 2
 
 
+@pytest.mark.slow
 def test_variants_of_a_sample_are_one_identity(tmp_path: Path, tiny_model: Path):
     manifest = save_world(tmp_path / "in")
     recipe = worlds.recipe(tiny_model, "variants=2", "fields.fields={}", "t.sigma=0.2")
@@ -325,6 +327,7 @@ def searched(rig: Rig, world: tuple[Path, Path, Recipe], text: str) -> Calibrati
     return calibrate(rig, recipe, samples[:40], samples[40:], Target.parse(text), embedders=("pixels",))
 
 
+@pytest.mark.slow
 def test_calibrate_finds_the_least_t(rig: Rig, world: tuple[Path, Path, Recipe]):
     told = searched(rig, world, "rank1<=.6")
     assert told.checked is not None

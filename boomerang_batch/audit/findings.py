@@ -32,8 +32,8 @@ class Reading:
     measure: str
     """What: rank-1, auc, tar@far=0.01, one-to-one, psnr-db, fd, label-agreement and so on."""
     subject: str = OUTPUTS
-    """Of what: the outputs, or a control such as `sources`, `unrelated`, `noise ceiling`; `secret known` is what
-    the outputs are to whoever has the run's secret."""
+    """Of what: the outputs, or a control such as `sources`, `unrelated`, `noise ceiling`; `secret known` is
+    what the outputs are to whoever has the run's secret."""
     attacker: str = ""
     """Who links: `nearest`, `trained` or `re-run`."""
     features: str = ""
