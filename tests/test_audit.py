@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +21,14 @@ from boomerang_batch.audit.calibrate import Calibration, Target, calibrate
 from boomerang_batch.audit.controls import AT_0, AT_T, SECRET_KNOWN
 from boomerang_batch.audit.findings import ALL, Findings, load_findings
 from boomerang_batch.audit.gates import judge
-from boomerang_batch.audit.pairs import Pairing, Records, gather
+from boomerang_batch.audit.pairs import Pairing, gather
+from boomerang_batch.audit.records import Records
 from boomerang_batch.audit.sweep import choose, sweep
 from boomerang_batch.cli import main
 from boomerang_batch.config.blocks import Gates
 from boomerang_batch.config.pipeline import Recipe
 from boomerang_batch.data.manifest import load_manifest
-from boomerang_batch.errors import ConfigError, ManifestError, MeasureError, PrivateDirError
+from boomerang_batch.errors import ConfigError, ManifestError, MeasureError, PrivateDirError, VerificationError
 from boomerang_batch.measures import embedders
 from boomerang_batch.measures.ceiling import noise_ceiling
 from boomerang_batch.run.record import require_record
@@ -166,14 +168,19 @@ def test_a_planted_leak_is_told(world: tuple[Path, Path, Recipe], tmp_path: Path
 
 def test_a_gate_is_judged_by_the_bad_end(found: Findings):
     rated = dataclasses.replace(found.of("rank-1")[0], value=0.5, low=0.4, high=0.6)
-    found = dataclasses.replace(found, readings=(rated, *found.of("label-agreement")))
+    trained = dataclasses.replace(rated, attacker=readings.TRAINED, value=0.45, high=0.55)
+    found = dataclasses.replace(
+        found, embeddings=found.embeddings[:1], readings=(rated, trained, *found.of("label-agreement"))
+    )
     gates = judge(found, Gates(max_rank1=0.5, min_label_agreement=0.0))
     assert [gate.broken for gate in gates if gate.gate == "min_label_agreement"] == [False, False]
     assert all(gate.broken for gate in gates if gate.gate == "max_rank1")
-    assert [gate.broken for gate in judge(found, Gates(max_rank1=0.6))] == [False]
+    assert [gate.broken for gate in judge(found, Gates(max_rank1=0.6))] == [False, False]
+    with pytest.raises(MeasureError, match=r"max_rank1: nothing was measured .* by the attacker trained"):
+        judge(dataclasses.replace(found, readings=(rated,)), Gates(max_rank1=0.6))
     assert judge(found, Gates()) == ()
     nothing = dataclasses.replace(found, readings=())
-    with pytest.raises(MeasureError, match="gate max_tar: nothing of it was measured"):
+    with pytest.raises(MeasureError, match="gate max_tar: nothing was measured of it"):
         judge(nothing, Gates(max_tar=0.5))
 
 
@@ -205,10 +212,10 @@ def test_a_runs_gate_judges_before_the_rest_is_spent(tmp_path: Path, tiny_model:
         "--private-dir",
         str(tmp_path / "private"),
     ]
-    words += ["--device", "cpu", "--threads", "1", "--set", f"run.gate.samples={SAMPLES - 1}"]
+    words += ["--device", "cpu", "--threads", "1", "--set", f"run.gate.samples={SAMPLES}"]
     told = CliRunner().invoke(main, [*words, "--set", "run.gate.max_rank1=0"])
     assert told.exit_code == 4, told.output
-    assert f"the gate is broken by the first {SAMPLES - 1} outputs: max_rank1 0: rank-1" in told.stderr
+    assert f"the gate is broken by the first {SAMPLES} outputs: max_rank1 0: rank-1" in told.stderr
     assert len([*(tmp_path / "out").glob("*_stats.json")]) == 1
     told = CliRunner().invoke(main, [*words, "--set", "run.gate.max_rank1=1"])
     assert told.exit_code == 0, told.output
@@ -245,6 +252,50 @@ def test_variants_of_a_sample_are_one_identity(tmp_path: Path, tiny_model: Path)
     assert min(rank1(told, SECRET_KNOWN, readings.RE_RUN)) == 1
 
 
+@pytest.mark.slow
+def test_the_bound_counts_every_variant_and_no_pass(tmp_path: Path, tiny_model: Path):
+    manifest = save_world(tmp_path / "in")
+    levels = ("t=[{sigma: 2.0}, {sigma: 0.3}]", "passes={count: 2, outputs: all}")
+    recipe = worlds.recipe(tiny_model, "variants=2", *levels)
+    worlds.run(recipe, manifest, tmp_path / "out")
+    told = audit(asked(tmp_path / "out", manifest, model=str(tiny_model), redraws=4))
+    assert sorted(told.bound.sigmas) == pytest.approx([0.3, 2.0], rel=0.2)
+    assert told.bound.promises[0].accuracy > 0.99
+    # Of one variant alone nothing is promised, for the other shows more.
+    alone = audit(asked(tmp_path / "out", manifest, samples=3))
+    assert len(alone.bound.sigmas) in (0, 2)
+
+
+def test_an_equal_pair_is_the_most_alike_there_is(world: tuple[Path, Path, Recipe], tmp_path: Path):
+    out, manifest, _ = world
+    pairing = Pairing(
+        str(out), require_record(str(out)), load_manifest(str(manifest)), private_dir=f"{out}-private"
+    )
+    records = gather(pairing, samples=SAMPLES, folder=tmp_path)
+    equal = dataclasses.replace(records, outputs=records.sources)
+    [like] = [one for one in compare.pictures(equal) if (one.measure, one.stratum) == ("median-psnr-db", ALL)]
+    assert (like.value, like.count) == (readings.EQUAL_DB, SAMPLES)
+
+
+def test_an_output_that_is_gone_is_told(world: tuple[Path, Path, Recipe], tmp_path: Path):
+    out, manifest, _ = world
+    harmed = tmp_path / "out"
+    shutil.copytree(out, harmed)
+    for tar in harmed.glob("*.tar"):
+        tar.write_bytes(tar.read_bytes()[:4096] + bytes(1024))
+    with pytest.raises(VerificationError, match=r"lacks \d+ output"):
+        audit(asked(harmed, manifest, private_dir=f"{out}-private"))
+
+
+def test_findings_are_not_saved_where_they_would_be_published(world: tuple[Path, Path, Recipe]):
+    out, manifest, _ = world
+    words = ["audit", str(out), "--against", str(manifest), "--private-dir", f"{out}-private"]
+    told = CliRunner().invoke(main, [*words, "--save", str(out / "audit.json")])
+    assert told.exit_code == 2
+    assert "lies in OUT" in told.stderr
+    assert not (out / "audit.json").exists()
+
+
 def test_outputs_that_anyone_may_link_are_measured_too(tmp_path: Path, tiny_model: Path):
     manifest = save_world(tmp_path / "in")
     worlds.run(worlds.recipe(tiny_model, purpose="augment"), manifest, tmp_path / "out")
@@ -273,6 +324,16 @@ def test_what_does_not_belong_together_is_refused(world: tuple[Path, Path, Recip
     strangers = save_world(tmp_path / "strangers", first=1000)
     with pytest.raises(ManifestError, match=r"lacks .* sample"):
         audit(asked(out, strangers))
+    # Samples of the same names, but other pictures.
+    others = [
+        {
+            f"canary-{number:04d}": {"png": image(number + 500), "cls": b"0"}
+            for number in range(first, first + SAMPLES)
+        }
+        for first in (0, SAMPLES)
+    ]
+    with pytest.raises(ManifestError, match="is not the picture that OUT was made from"):
+        audit(asked(out, worlds.save_samples(tmp_path / "others", *others)))
 
 
 class Constant:
@@ -301,7 +362,7 @@ def rig(world: tuple[Path, Path, Recipe]):
 
 def test_a_sweep_shows_each_t(world: tuple[Path, Path, Recipe], rig: Rig):
     _, manifest, recipe = world
-    samples = choose(recipe, load_manifest(str(manifest)), 30)
+    [samples] = choose(load_manifest(str(manifest)), 30)
     told = sweep(rig, recipe, samples, [("fraction", 0.0), ("sigma", 1.0)], embedders=("pixels",), shown=4)
     assert [level.t for level in told.levels] == ["fraction=0", "sigma=1"]
     nothing, much = told.levels
@@ -323,8 +384,9 @@ def test_a_sweep_shows_each_t(world: tuple[Path, Path, Recipe], rig: Rig):
 
 def searched(rig: Rig, world: tuple[Path, Path, Recipe], text: str) -> Calibration:
     _, manifest, recipe = world
-    samples = choose(recipe, load_manifest(str(manifest)), 60)
-    return calibrate(rig, recipe, samples[:40], samples[40:], Target.parse(text), embedders=("pixels",))
+    search, check = choose(load_manifest(str(manifest)), 2 * SAMPLES, parts=2)
+    assert not {sample.key for sample in search} & {sample.key for sample in check}
+    return calibrate(rig, recipe, search, check, Target.parse(text), embedders=("pixels",))
 
 
 @pytest.mark.slow

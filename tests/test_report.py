@@ -875,10 +875,10 @@ def test_in_out_an_audit_names_no_output(both: World):
 
 @pytest.mark.parametrize(
     ("broken", "told"),
-    [(True, "1 limit broken: max-rank1 0.1"), (False, "Every limit was kept: max-rank1 0.1")],
+    [(True, "1 limit broken: max_rank1 0.1"), (False, "Every limit was kept: max_rank1 0.1")],
 )
 def test_a_broken_limit_is_what_comes_first(both: World, broken: bool, told: str):
-    gate = Gate(gate="max-rank1", limit=0.1, reading="rank-1", value=0.5, bad_end=0.6, broken=broken)
+    gate = Gate(gate="max_rank1", limit=0.1, reading="rank-1", value=0.5, bad_end=0.6, broken=broken)
     (both.out / "audit.json").write_bytes(audited(both, gates=(gate,)).to_bytes())
     assert command(both.out)[0] == 0
     assert told in page(both.out / REPORT_NAME).text["linked"]

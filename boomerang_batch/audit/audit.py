@@ -17,8 +17,9 @@ import numpy as np
 from boomerang_batch.audit import compare, controls, readings
 from boomerang_batch.audit.findings import ALL, OUTPUTS, Bound, Embedding, Findings, Promise, Reading
 from boomerang_batch.audit.gates import judge
-from boomerang_batch.audit.pairs import Pairing, Records, gather
+from boomerang_batch.audit.pairs import Pairing, gather
 from boomerang_batch.audit.recorded import open_rig
+from boomerang_batch.audit.records import Records
 from boomerang_batch.config.accounting import account, mu
 from boomerang_batch.config.blocks import Gates
 from boomerang_batch.data.manifest import Manifest
@@ -74,8 +75,8 @@ def audit(request: AuditRequest) -> Findings:
             ) as rig:
                 secret = own_secret(recipe, request.private_dir)
                 found += controls.redrawn(rig, pairing, records, places, embedders, secret=secret)
-                space = controls.model_space(rig, pairing, records, folder)
-        found += readings.ceiling(space.ceiling) if space.ceiling else []
+                space = controls.model_space(rig, pairing, records, places, folder)
+        found += readings.ceiling(space.ceilings[readings.NEAREST]) if space.ceilings else []
         bound = _bound(pairing, records, space)
         findings = Findings(
             name=record.name,
@@ -121,9 +122,10 @@ def _bound(pairing: Pairing, records: Records, space: controls.Space) -> Bound:
     sigmas: dict[int, float] = {}
     for row in records.rows:
         if row.sigma is not None:
-            sigmas[row.variant] = min(row.sigma, sigmas.get(row.variant, math.inf))
-    # Every pass of a cascade is an output of the one observation that its variant is.
-    noise = tuple(sigmas[variant] for variant in sorted(sigmas))[: accounting.observations]
+            variant = pairing.recipe.variant_of(row.variant)
+            sigmas[variant] = min(row.sigma, sigmas.get(variant, math.inf))
+    # Of a variant that is not in the sample the noise is not known, and it counts.
+    noise = tuple(sigmas.values()) if len(sigmas) == accounting.observations else ()
     return Bound(
         reasons=accounting.reasons,
         within=accounting.within,
@@ -168,10 +170,8 @@ def _warnings(
             f"most records share all that is known of them with fewer than 10 others (the median has "
             f"{np.median(sizes[records.groups]):.0f}): chance is high among so few, whatever the pictures show"
         )
-    # Each beside the ceiling among the same candidates; where a sample has several outputs, only of each alone.
-    if space.ceiling is not None and space.held_out is not None:
-        yield from _above(found, readings.NEAREST, space.ceiling.rank[1])
-        yield from _above(found, readings.TRAINED, space.held_out.rank[1])
+    for attacker, ceiling in space.ceilings.items():
+        yield from _above(found, attacker, ceiling.rank[1])
 
 
 def _above(found: Sequence[Reading], attacker: str, ceiling: Rate) -> Iterator[str]:

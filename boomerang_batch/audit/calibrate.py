@@ -106,7 +106,8 @@ class Calibration:
         """What the target's measure is at one t, in words, the worst reading of all."""
         worst = max(self.target.readings(level), key=self.target.badness)
         low, high = (f"{end:.3g}" if end is not None else "?" for end in (worst.low, worst.high))
-        return f"{worst.name} {worst.value:.3g} ({low} to {high})"
+        chance = "" if worst.chance is None else f", by chance {worst.chance:.3g}"
+        return f"{worst.name} {worst.value:.3g} ({low} to {high}{chance})"
 
     def facts(self) -> dict[str, object]:
         """Everything, as JSON has it."""

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from boomerang_batch.audit.findings import ALL, Reading
-from boomerang_batch.audit.pairs import NO_LABEL
 from boomerang_batch.audit.readings import LABEL_AGREEMENT, rate_of
+from boomerang_batch.audit.records import NO_LABEL
 from boomerang_batch.measures.attackers import training_half
 
 _STRENGTHS = np.logspace(-6, 2, 9)

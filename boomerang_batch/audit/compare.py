@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from boomerang_batch.audit import readings
 from boomerang_batch.audit.classify import label_agreement
 from boomerang_batch.audit.findings import OUTPUTS, Case, Reading
-from boomerang_batch.audit.pairs import NO_LABEL, Records
+from boomerang_batch.audit.records import NO_LABEL, Records
 from boomerang_batch.measures.attackers import attack
 from boomerang_batch.measures.copies import copies, exact_duplicates
-from boomerang_batch.measures.distances import members, squared_distances
+from boomerang_batch.measures.distances import members, squared_distances, strips
 from boomerang_batch.measures.embedders import Embedder
 from boomerang_batch.measures.fidelity import fidelity
 from boomerang_batch.measures.likeness import likeness, psnr
@@ -114,26 +114,32 @@ def _picked(seen: Seen, records: Records) -> NDArray[np.int64]:
     """1 for each record whose own source is the nearest of its group."""
     found = np.zeros(len(records.rows), dtype=np.int64)
     for part in members(records.groups):
-        outputs, sources = (
-            np.nan_to_num(rows[part].astype(np.float64)) for rows in (seen.outputs, seen.sources)
-        )
-        nearest = squared_distances(outputs, sources).argmin(axis=1)
-        found[part] = records.identities[part[nearest]] == records.identities[part]
+        sources = np.nan_to_num(seen.sources[part].astype(np.float64))
+        for strip in strips(len(part), len(part)):
+            outputs = np.nan_to_num(seen.outputs[part[strip]].astype(np.float64))
+            nearest = squared_distances(outputs, sources).argmin(axis=1)
+            found[part[strip]] = records.identities[part[nearest]] == records.identities[part[strip]]
     return found
 
 
 def _unrelated(records: Records) -> NDArray[np.int64]:
-    """For each record one of its label and of another group, whose source is no candidate; by a fixed draw.
+    """For each record one of its label from another shard, whose source is no candidate; by a fixed draw.
 
     Where there is none, any of its own group, itself as likely as any other: that is chance too.
     """
     generator = np.random.default_rng(0)
+    shards = np.unique([records.samples[identity][0] for identity in records.identities], return_inverse=True)[
+        1
+    ]
     found = np.arange(len(records.rows))
     for part in members(records.groups):
-        others = np.flatnonzero(
-            (records.labels == records.labels[part[0]]) & (records.groups != records.groups[part[0]])
-        )
-        found[part] = generator.choice(others, len(part)) if len(others) else generator.permutation(part)
+        found[part] = generator.permutation(part)
+        elsewhere = np.flatnonzero(shards != shards[part[0]])
+        for label in np.unique(records.labels[part]):
+            others = elsewhere[records.labels[elsewhere] == label]
+            if len(others):
+                same = part[records.labels[part] == label]
+                found[same] = generator.choice(others, len(same))
     return found
 
 

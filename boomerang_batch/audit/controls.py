@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from boomerang_batch.audit.findings import OUTPUTS, Reading
-from boomerang_batch.audit.pairs import Pairing, Records, chosen_samples
-from boomerang_batch.audit.readings import RE_RUN, linked
+from boomerang_batch.audit.pairs import Pairing, chosen_samples
+from boomerang_batch.audit.readings import NEAREST, RE_RUN, TRAINED, linked
+from boomerang_batch.audit.records import Records
 from boomerang_batch.config.pipeline import Recipe
 from boomerang_batch.data import images
 from boomerang_batch.measures.attackers import training_half
@@ -71,9 +72,9 @@ class Space:
 
     latent: bool | None = None
     """Whether that is an autoencoder's latents; None where no model was loaded."""
-    ceiling: Ceiling | None = None
-    held_out: Ceiling | None = None
-    """The ceiling among those records that the trained attacker has not learned from."""
+    ceilings: Mapping[str, Ceiling] = field(default_factory=dict)
+    """The noise ceiling among the candidates that each attacker has: all, those that the trained one has not
+    learned from, those that the re-run one has drawn."""
     deltas: Mapping[str, float] = field(default_factory=dict)
     """How far candidates are apart, by which distance it is."""
     missing: str = ""
@@ -102,28 +103,31 @@ def redrawn(
         yield from _of_candidates(drawn, records, embedders, subject=subject)
 
 
-def model_space(rig: Rig, pairing: Pairing, records: Records, folder: Path) -> Space:
-    """The noise ceiling and the distances of candidates, each sample once."""
+def model_space(rig: Rig, pairing: Pairing, records: Records, places: Sequence[int], folder: Path) -> Space:
+    """The noise ceilings and the distances of candidates; `places` are the records that were drawn anew."""
     latent = rig.model.latent
     if pairing.recipe.region is not None:
         return Space(latent=latent, missing="no noise ceiling: noise lies in each record's region alone")
-    first = np.unique(records.identities, return_index=True)[1]
-    sigmas = np.array([records.rows[place].sigma for place in first], dtype=np.float64)  # None becomes NaN
+    sigmas = np.array([row.sigma for row in records.rows], dtype=np.float64)  # None becomes NaN
     if np.isnan(sigmas).any():
         return Space(latent=latent, missing="no noise ceiling: provenance does not tell every output's noise")
-    x_0 = states(rig, pairing, records, first.tolist(), folder)
-    apart = pair_distances(x_0, groups=records.groups[first])
+    every = np.arange(len(records.rows))
+    x_0 = states(rig, pairing, records, every.tolist(), folder)
+    apart = pair_distances(x_0, groups=records.groups)
     deltas = {"least": apart.least, "median": apart.median}
     if not latent:
         low, high = rig.model.value_range
         deltas["largest possible"] = (high - low) * math.sqrt(x_0.shape[1])
-    groups, rest = records.groups[first], ~training_half(records.identities)[first]
-    return Space(
-        latent=latent,
-        ceiling=noise_ceiling(x_0, sigmas, groups=groups),
-        held_out=noise_ceiling(x_0[rest], sigmas[rest], groups=groups[rest]),
-        deltas=deltas,
-    )
+    among = {
+        NEAREST: every,
+        TRAINED: np.flatnonzero(~training_half(records.identities)),
+        RE_RUN: np.sort(np.asarray(places)),
+    }
+    ceilings = {
+        attacker: noise_ceiling(x_0 if at is every else x_0[at], sigmas[at], groups=records.groups[at])
+        for attacker, at in among.items()
+    }
+    return Space(latent=latent, ceilings=ceilings, deltas=deltas)
 
 
 def _of_sources(

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from boomerang_batch.config.blocks import RunGate
-from boomerang_batch.errors import GateError
+from boomerang_batch.errors import ConfigError, GateError
+from boomerang_batch.measures import embedders as known
 from boomerang_batch.run.request import RunRequest
 
 if TYPE_CHECKING:
@@ -22,8 +23,13 @@ _log = logging.getLogger(__name__)
 
 
 def judge_of(request: RunRequest) -> Callable[[], None] | None:
-    """What judges the outputs of this run so far; None where its recipe has no gate."""
+    """What judges the outputs of this run so far; None where its recipe has no gate. Raises ConfigError."""
     gate = request.recipe.run.gate
+    unknown = [] if gate is None else [name for name in gate.embedders if name not in known.names()]
+    if unknown:
+        raise ConfigError(
+            f"run.gate.embedders: there is no embedder {unknown[0]}; there are {', '.join(known.names())}"
+        )
     return None if gate is None else functools.partial(_judge, request, gate)
 
 

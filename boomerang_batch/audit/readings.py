@@ -21,6 +21,8 @@ from boomerang_batch.measures.linkability import Linkability
 RANK, ONE_TO_ONE, AUC, TAR = "rank-{}", "one-to-one", "auc", "tar@far={:g}"
 NEAREST, TRAINED, RE_RUN = "nearest", "trained", "re-run"
 CEILING = "noise ceiling"
+EQUAL_DB = 60.0
+"""What the PSNR of an equal pair counts as, which is infinite: less than a level of 255 off everywhere."""
 LABEL_AGREEMENT, FD, KD = "label-agreement", "fd", "kd"
 
 
@@ -117,7 +119,8 @@ def faithful(found: Fidelity, *, stratum: str = ALL, subject: str = OUTPUTS) -> 
 def alike(found: Likeness, *, stratum: str = ALL, subject: str = OUTPUTS) -> Iterator[Reading]:
     """How like its source each output is, and how much detail it has."""
     fine = found.gain_db[:, found.gain_db.shape[1] * 2 // 3 :].mean(axis=1)
-    for measure, values in (("psnr-db", found.psnr_db), ("ssim", found.ssim), ("fine-detail-db", fine)):
+    like = np.minimum(found.psnr_db, EQUAL_DB)
+    for measure, values in (("psnr-db", like), ("ssim", found.ssim), ("fine-detail-db", fine)):
         yield from _spread(measure, values[np.isfinite(values)], stratum=stratum, subject=subject)
 
 

@@ -6,20 +6,24 @@ it belongs where they do.
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from boomerang_batch.audit import compare
 from boomerang_batch.audit.findings import Reading
-from boomerang_batch.audit.pairs import Records
+from boomerang_batch.audit.pairs import shuffled
+from boomerang_batch.audit.records import Records
 from boomerang_batch.audit.tried import tried
 from boomerang_batch.config.pipeline import Recipe
 from boomerang_batch.data import images
 from boomerang_batch.data.manifest import Manifest
-from boomerang_batch.data.spread import spread_samples
+from boomerang_batch.data.spread import samples_of
 from boomerang_batch.errors import ManifestError, MeasureError
 from boomerang_batch.measures import embedders as known
 from boomerang_batch.measures.embedders import Embedder
@@ -57,14 +61,29 @@ class Sweep:
         return {"format_version": FORMAT_VERSION, "name": self.name, "samples": self.samples, "levels": levels}
 
 
-def choose(recipe: Recipe, manifest: Manifest, count: int) -> list[Chosen]:
-    """Samples from all over the manifest; the first variant of each is enough."""
-    found = [
-        Chosen(stem=entry.stem, key=sample.key, fields=sample.fields, numbers=(0,))
-        for entry, sample in spread_samples(manifest.shards, count)
-    ]
-    if not found:
-        raise ManifestError(f"manifest {manifest.name}: its shards hold no sample that can be read")
+def choose(manifest: Manifest, count: int, *, parts: int = 1) -> list[list[Chosen]]:
+    """About `count` samples in disjoint parts; the first variant of each is enough.
+
+    Whole shards, as an audit takes them, since a shard's records are each other's candidates; of a single shard
+    every part gets some, and so fewer candidates than there will be.
+    """
+    found: list[list[Chosen]] = [[] for _ in range(parts)]
+    share = math.ceil(count / parts)
+    for number, entry in enumerate(sorted(manifest.shards, key=lambda entry: shuffled(entry.stem))):
+        part = found[number % parts]
+        part += [
+            Chosen(stem=entry.stem, key=sample.key, fields=sample.fields, numbers=(0,))
+            for _, sample in itertools.islice(samples_of(entry), share - len(part))
+        ]
+        if all(len(part) == share for part in found):
+            break
+    if not all(found):
+        whole = [sample for part in found for sample in part]
+        found = [whole[number::parts] for number in range(parts)]
+    if not all(found):
+        raise ManifestError(
+            f"manifest {manifest.name}: its shards hold too few samples that can be read for {parts} part(s)"
+        )
     return found
 
 
@@ -105,7 +124,8 @@ def _readings(records: Records, embedders: Sequence[Embedder]) -> Iterator[Readi
     yield from compare.pictures(records)
     for embedder in embedders:
         seen = compare.Seen.by(embedder, records)
-        for part in (compare.links, compare.learned_links, compare.copied, compare.kept):
+        yield from compare.links(records, seen)  # which refuses an embedder that sees nothing
+        for part in (compare.learned_links, compare.copied, compare.kept):
             try:
                 yield from part(records, seen)
             except MeasureError:
@@ -114,11 +134,13 @@ def _readings(records: Records, embedders: Sequence[Embedder]) -> Iterator[Readi
 
 def _grid(columns: Sequence[Records], *, shown: int) -> bytes:
     """Sources, then each t, for the first samples that came out at every t."""
-    pictures: list[Mapping[int, images.Pixels]] = [
-        dict(zip(records.identities.tolist(), records.outputs, strict=True)) for records in columns
-    ]
-    everywhere = [sample for sample in pictures[0] if all(sample in column for column in pictures)]
-    first = columns[0]
-    sources = dict(zip(first.identities.tolist(), first.sources, strict=True))
+    pictures = [_by_sample(records, records.outputs) for records in columns]
+    sources = _by_sample(columns[0], columns[0].sources)
+    everywhere = [sample for sample in sources if all(sample in column for column in pictures)]
     rows = [[sources[sample], *(column[sample] for column in pictures)] for sample in everywhere[:shown]]
     return images.contact_sheet(rows)
+
+
+def _by_sample(records: Records, shown: NDArray[np.uint8]) -> Mapping[tuple[str, str], images.Pixels]:
+    names = (records.samples[identity] for identity in records.identities)
+    return dict(zip(names, shown, strict=True))

@@ -78,10 +78,17 @@ def audit(
     from boomerang_batch.audit.audit import AuditRequest
     from boomerang_batch.audit.audit import audit as measure
     from boomerang_batch.audit.findings import AUDIT_NAME
+    from boomerang_batch.audit.origin import is_private
     from boomerang_batch.audit.words import describe
     from boomerang_batch.config.blocks import Gates
     from boomerang_batch.data.manifest import load_manifest
+    from boomerang_batch.errors import ConfigError
+    from boomerang_batch.run.record import require_record
 
+    anonymized = is_private(require_record(out))
+    place = save or storage.join(private_dir if anonymized and private_dir else out, AUDIT_NAME)
+    if save and (anonymized or storage.exists(save)) and list(storage.lying_in(out, [save])):
+        raise ConfigError(f"--save {save} lies in OUT ({out}), to which it does not belong; put it elsewhere")
     findings = measure(
         AuditRequest(
             out=out,
@@ -101,6 +108,6 @@ def audit(
             threads=threads,
         )
     )
-    storage.publish_bytes(findings.to_bytes(), save or storage.join(private_dir or out, AUDIT_NAME))
+    storage.publish_bytes(findings.to_bytes(), place)
     click.echo(findings.to_bytes().decode() if as_json else describe(findings), nl=not as_json)
     context.exit(4 if any(gate.broken for gate in findings.gates) else 0)

@@ -19,7 +19,6 @@ _SHOWN = {
     "label-agreement": "labels kept",
     "median-psnr-db": "PSNR, dB",
     "median-ssim": "SSIM",
-    "fd": "FD",
 }
 
 
@@ -51,8 +50,8 @@ _EMBEDDERS = click.option(
 @click.argument("manifest")
 @click.option("--t", "levels", type=_Fractions(), default="0,.1,.2,.3,.4,.5,.6,.7,.8,.9,1", show_default=True,
               help="Fractions of the chain to go out to.")  # fmt: skip
-@click.option("--samples", type=click.IntRange(min=6), default=100, show_default=True,
-              help="Samples to draw at each t, from shards all over the manifest.")  # fmt: skip
+@click.option("--samples", type=click.IntRange(min=6, max=4000), default=100, show_default=True,
+              help="Samples to draw at each t, whole shards of them.")  # fmt: skip
 @click.option("--show", type=click.IntRange(min=1, max=64), default=8, show_default=True,
               help="Of these, how many stand in the picture.")  # fmt: skip
 @_EMBEDDERS
@@ -84,7 +83,7 @@ def sweep_command(
     from boomerang_batch.run.trial import Rig
 
     recipe = load_recipe(pipeline, overrides)
-    chosen = choose(recipe, load_manifest(manifest), samples)
+    [chosen] = choose(load_manifest(manifest), samples)
     with Rig(recipe, device=device, threads=threads or usable_cpus()) as rig:
         at = [("fraction", level) for level in levels]
         found = sweep(rig, recipe, chosen, at, embedders=tuple(dict.fromkeys(embedders)), shown=show)
@@ -101,8 +100,8 @@ def sweep_command(
 @click.argument("manifest")
 @click.option("--target", required=True, metavar="TARGET",
               help="What to reach: rank1<=.05, tar<=.1, label-agreement>=.9, psnr>=20, ssim>=.5.")  # fmt: skip
-@click.option("--samples", type=click.IntRange(min=12), default=400, show_default=True,
-              help="In all: one half is searched on, the result is checked on the other.")  # fmt: skip
+@click.option("--samples", type=click.IntRange(min=12, max=4000), default=400, show_default=True,
+              help="In all, whole shards: half to search on, half to check the result on.")  # fmt: skip
 @_EMBEDDERS
 @click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
 @recipe_options
@@ -135,12 +134,9 @@ def calibrate_command(
     from boomerang_batch.run.trial import Rig
 
     wanted, recipe = Target.parse(target), load_recipe(pipeline, overrides)
-    chosen = choose(recipe, load_manifest(manifest), samples)
+    search, check = choose(load_manifest(manifest), samples, parts=2)
     with Rig(recipe, device=device, threads=threads or usable_cpus()) as rig:
-        # By turns, for samples of one shard stand together.
-        found = calibrate(
-            rig, recipe, chosen[::2], chosen[1::2], wanted, embedders=tuple(dict.fromkeys(embedders))
-        )
+        found = calibrate(rig, recipe, search, check, wanted, embedders=tuple(dict.fromkeys(embedders)))
     click.echo(json.dumps(found.facts(), indent=1) if as_json else _calibration(found, target))
     context.exit(0 if found.holds else 4)
 

@@ -161,6 +161,10 @@ class Recipe(Block):
         """Outputs made of one sample: variants, times passes where each pass is an output."""
         return self.variants * (self.passes.count if self.passes.outputs == "all" else 1)
 
+    def variant_of(self, number: int) -> int:
+        """The variant that an output's number belongs to: each pass may be an output."""
+        return number // (self.passes.count if self.passes.outputs == "all" else 1)
+
     def canonical(self) -> dict[str, Any]:
         """Every output-determining field, defaults spelled out; what the digest is taken over.
 

@@ -34,12 +34,13 @@ def _spread(shards: Sequence[ShardEntry], wanted: int) -> Iterator[tuple[ShardEn
     first = evenly(shards, _SHARDS)
     share = math.ceil(wanted / len(first))
     for entry in first:
-        yield from itertools.islice(_samples(entry), share)
+        yield from itertools.islice(samples_of(entry), share)
     for entry in shards:
-        yield from itertools.islice(_samples(entry), share if entry in first else 0, None)
+        yield from itertools.islice(samples_of(entry), share if entry in first else 0, None)
 
 
-def _samples(entry: ShardEntry) -> Iterator[tuple[ShardEntry, Sample]]:
+def samples_of(entry: ShardEntry) -> Iterator[tuple[ShardEntry, Sample]]:
+    """Every readable sample of a shard."""
     with storage.open_read(entry.url) as stream:
         for item in read_samples(stream, shard=entry.stem):
             if isinstance(item, Sample):

@@ -155,6 +155,8 @@ def learn(
     y = _centred(outputs[usable], groups, known, output_means)
     u = _centred(sources[usable], groups, known, source_means)
     axes = _principal_axes(np.concatenate([u, y]), len(usable) // _PAIRS_PER_AXIS)
+    if not axes.shape[1]:
+        raise MeasureError("the features of all pairs are alike, so nothing can be learned from them")
     y, u = y @ axes, u @ axes
 
     # The strength, by how well pairs left out are ranked.

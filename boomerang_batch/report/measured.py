@@ -52,6 +52,9 @@ _USE = {
     "median-ssim": "SSIM to its own source, median",
     "median-fine-detail-db": "fine detail against its own source, median, in dB",
 }
+_GATES_OF_LINKS = frozenset({"max_rank1", "max_tar"})
+_OF_ITS_FEATURES = frozenset({"fd", "kd", "median-dcr", "median-dcr-to-training"})
+"""What has the scale of its features, so that those of two embedders don't compare."""
 _LESS_IS_WORSE = frozenset(
     {
         *("label-agreement", "precision", "recall", "density", "coverage"),
@@ -103,12 +106,13 @@ def sections(findings: Findings | None) -> list[Section]:
 
 def _worst(readings: Sequence[Reading]) -> list[Reading]:
     """Of each measure the reading that is worst."""
-    found: dict[str, Reading] = {}
+    found: dict[tuple[str, str], Reading] = {}
     for one in readings:
-        before = found.setdefault(one.measure, one)
+        what = (one.measure, one.features if one.measure in _OF_ITS_FEATURES else "")
+        before = found.setdefault(what, one)
         sign = -1 if one.measure in _LESS_IS_WORSE else 1
         if sign * one.value > sign * before.value:
-            found[one.measure] = one
+            found[what] = one
     return list(found.values())
 
 
@@ -141,8 +145,7 @@ def _verdict(findings: Findings, outputs: Sequence[Reading]) -> Verdict | None:
     broken = dict.fromkeys(_gate(gate) for gate in findings.gates if gate.broken)
     if broken:
         return Verdict(fine=False, text=f"{plural(len(broken), 'limit')} broken: {', '.join(broken)}")
-    if findings.gates:
-        kept = dict.fromkeys(map(_gate, findings.gates))
+    if kept := dict.fromkeys(_gate(gate) for gate in findings.gates if gate.gate in _GATES_OF_LINKS):
         return Verdict(fine=True, text=f"Every limit was kept: {', '.join(kept)}")
     first = [one for one in outputs if one.measure == "rank-1"]
     if not first:
