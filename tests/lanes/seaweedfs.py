@@ -42,6 +42,8 @@ class SeaweedFS(ObjectServer):
             "admin.ui": "false",
             "webdav": "false",
             "master.telemetry": "false",
+            # Every bucket takes several volumes, and there are as many as fit on the disk at full size.
+            "master.volumeSizeLimitMB": "16",
         }
         for name in ("master", "volume", "filer"):
             options[f"{name}.port"] = str(free_port(companion=_GRPC_ABOVE))
