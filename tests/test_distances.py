@@ -16,10 +16,10 @@ from boomerang_batch.measures import distances
 from boomerang_batch.measures.distances import (
     members,
     pair_distances,
+    squared_between,
     squared_distances,
     strips,
     tolerance,
-    unit_rows,
 )
 
 
@@ -64,17 +64,19 @@ def test_members_are_the_records_of_each_group(groups):
         assert (np.diff(part) > 0).all()
 
 
-def test_unit_rows_make_cosine_distances():
+def test_distances_about_a_centre_are_the_same_strip_by_strip(monkeypatch):
     generator = np.random.default_rng(2)
-    rows = generator.normal(size=(6, 4)).astype(np.float32)
-    rows[2], rows[3] = 0, np.nan
-    unit = unit_rows(rows)
-    assert unit.dtype == np.float32
-    assert (unit[2] == 0).all()
-    assert np.isnan(unit[3]).all()
-    kept = [0, 1, 4, 5]
-    found = squared_distances(unit[kept].astype(float), unit[kept].astype(float))
-    assert found == pytest.approx(2 * cdist(rows[kept], rows[kept], "cosine"), abs=1e-6)
+    first, second = (1000 + generator.normal(size=(count, 37)).astype(np.float32) for count in (9, 7))
+    rows, columns = np.array([8, 0, 0, 3]), np.array([6, 1, 5])
+    centre = second.mean(axis=0, dtype=np.float64)
+    whole = squared_between(first, rows, second, columns, centre=centre)
+    exact = cdist(first[rows].astype(float), second[columns].astype(float), "sqeuclidean")
+    assert whole == pytest.approx(exact, rel=1e-9)
+    equal = tolerance(first, second, centre=centre)
+    assert 0 < equal < 1e-9 * whole.min()
+    monkeypatch.setattr(distances, "BLOCK", 20)
+    assert squared_between(first, rows, second, columns, centre=centre) == pytest.approx(whole, rel=1e-9)
+    assert tolerance(first, second, centre=centre) == equal
 
 
 def test_pair_distances_are_within_groups_alone(monkeypatch):

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from scipy.linalg import cholesky, eigh, solve_triangular
 
 from boomerang_batch.errors import MeasureError
-from boomerang_batch.measures.distances import members, squared_distances
+from boomerang_batch.measures.distances import members, squared_distances, strips
 from boomerang_batch.measures.linkability import Linkability, linkability
 
 LEAST_PAIRS = 20
@@ -29,6 +29,9 @@ LEAST_PAIRS = 20
 
 MOST_PAIRS = 5000
 """How many pairs are learned from: more teach little, and cost much."""
+
+MOST_FOR_AXES = 1000
+"""From how many of them the axes are taken in which all are seen: several for each of 256 axes."""
 
 STRENGTHS = (0.0, 0.1, 0.4, 0.7, 0.9, 1.0)
 """How far B and R are drawn to one axis at a time: 0 not at all, 1 to there."""
@@ -72,9 +75,9 @@ class Attacker:
         means: NDArray[np.float64],
         axes: NDArray[np.float64],
     ) -> NDArray[np.float64]:
-        found = ~np.isnan(features).any(axis=1)
         seen = np.full((len(features), axes.shape[1]), np.nan)
-        seen[found] = _centred(features[found], groups[found], self.groups, means) @ axes
+        found = np.flatnonzero(~np.isnan(features).any(axis=1))
+        seen[found] = _along(axes, features, found, groups[found], self.groups, means)
         return seen
 
 
@@ -151,13 +154,14 @@ def learn(
     usable = generator.permutation(usable)[:MOST_PAIRS]
     groups = np.asarray(groups)[usable]
     known = np.unique(groups)
-    output_means, source_means = (_means(part[usable], groups, known) for part in (outputs, sources))
-    y = _centred(outputs[usable], groups, known, output_means)
-    u = _centred(sources[usable], groups, known, source_means)
-    axes = _principal_axes(np.concatenate([u, y]), len(usable) // _PAIRS_PER_AXIS)
+    output_means, source_means = (_means(part, usable, groups, known) for part in (outputs, sources))
+    sides = ((sources, source_means), (outputs, output_means))
+    first = slice(MOST_FOR_AXES)
+    shown = [_centred(part[usable[first]], groups[first], known, means) for part, means in sides]
+    axes = _principal_axes(np.concatenate(shown), len(usable) // _PAIRS_PER_AXIS)
     if not axes.shape[1]:
         raise MeasureError("the features of all pairs are alike, so nothing can be learned from them")
-    y, u = y @ axes, u @ axes
+    u, y = (_along(axes, part, usable, groups, known, means) for part, means in sides)
 
     # The strength, by how well pairs left out are ranked.
     fold = np.arange(len(usable)) % _FOLDS
@@ -220,22 +224,45 @@ def _principal_axes(rows: NDArray[np.float64], most: int) -> NDArray[np.float64]
     return np.ascontiguousarray(axes)
 
 
-def _means(features: NDArray[Any], groups: NDArray[np.int64], known: NDArray[np.int64]) -> NDArray[np.float64]:
-    """(g + 1, d): the mean of each of the `known` groups, drawn to that of all where unsure; then that."""
+def _means(
+    features: NDArray[Any], rows: NDArray[np.int64], groups: NDArray[np.int64], known: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """(g + 1, d): the mean of each of the `known` groups, drawn to that of all where unsure; then that.
+
+    Of features[rows], whose groups (m,) are `groups`.
+    """
     parts = members(groups)
-    overall = np.asarray(features.mean(axis=0, dtype=np.float64))
-    own = np.stack([np.mean(features[part], axis=0, dtype=np.float64) for part in parts])
     sizes = np.array([len(part) for part in parts])
+    own = np.stack([np.mean(features[rows[part]], axis=0, dtype=np.float64) for part in parts])
+    overall = np.asarray(np.average(own, axis=0, weights=sizes))
 
     # How far a mean is off by its records' spread, beside how far means differ (James and Stein).
     place = np.searchsorted(known, groups)
-    spread = float(((features - own[place]) ** 2).sum()) / max(len(groups) - len(known), 1)
+    apart = 0.0
+    for strip in strips(len(rows), features.shape[1]):
+        apart += float(((features[rows[strip]] - own[place[strip]]) ** 2).sum())
+    spread = apart / max(len(groups) - len(known), 1)
     noise: NDArray[np.float64] = spread / sizes
     between = max(0.0, float(((own - overall) ** 2).sum(axis=1).mean() - noise.mean()))
     if between > 0 and len(groups) > len(known):
         trust = (between / (between + noise))[:, None]
         return np.concatenate([overall + trust * (own - overall), overall[None]])
     return np.tile(overall, (len(known) + 1, 1))
+
+
+def _along(
+    axes: NDArray[np.float64],
+    features: NDArray[Any],
+    rows: NDArray[np.int64],
+    groups: NDArray[np.int64],
+    known: NDArray[np.int64],
+    means: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """features[rows], less the means of their `groups` (m,), along axes (d, q): (m, q), made strip by strip."""
+    seen = np.empty((len(rows), axes.shape[1]))
+    for strip in strips(len(rows), features.shape[1]):
+        seen[strip] = _centred(features[rows[strip]], groups[strip], known, means) @ axes
+    return seen
 
 
 def _centred(

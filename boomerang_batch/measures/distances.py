@@ -3,7 +3,6 @@
 |a - b|^2 = |a|^2 + |b|^2 - 2 a b is one matrix product, and adds up over columns, so images of a million
 numbers are taken a strip of columns at a time. It cancels where a and b are close beside their size: float64
 of centred features leaves 1e-12 of that size, and `tolerance` is what may be called equal.
-For cosine distances give rows of length 1 (`unit_rows`): the squared distance is then 2 - 2 cos.
 """
 
 from __future__ import annotations
@@ -56,21 +55,39 @@ def squared_distances(queries: NDArray[np.float64], gallery: NDArray[np.float64]
     return np.maximum(total, 0, out=total)
 
 
-def tolerance(*features: NDArray[np.float64]) -> float:
+def squared_between(
+    queries: NDArray[Any],
+    rows: NDArray[np.int64],
+    gallery: NDArray[Any],
+    columns: NDArray[np.int64],
+    *,
+    centre: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """Squared distances (b, m) of queries[rows] to gallery[columns], which are (n, d) of any number type.
+
+    `centre` (d,), somewhere among them, is taken off both, for what cancels. Made wide strip by strip.
+    """
+    total = np.zeros((len(rows), len(columns)))
+    for part in strips(queries.shape[1], max(len(rows), len(columns))):
+        total += squared_distances(queries[rows, part] - centre[part], gallery[columns, part] - centre[part])
+    return total
+
+
+def tolerance(*features: NDArray[Any], centre: NDArray[np.float64] | float = 0.0) -> float:
     """Below which two squared distances among `features` (n, d), which are finite, count as equal.
 
-    2^-40 of the largest squared length: a thousand times the rounding, so that duplicates tie, and too little
-    to hide a difference that anything but rounding made.
+    2^-40 of the largest squared length from `centre`: a thousand times the rounding, so that duplicates tie,
+    and too little to hide a difference that anything but rounding made.
     """
-    lengths = (float(np.einsum("ij,ij->i", part, part).max(initial=0.0)) for part in features)
-    return 2.0**-40 * sum(lengths)
+    return 2.0**-40 * sum(_longest(part, centre) for part in features)
 
 
-def unit_rows(features: NDArray[Any]) -> NDArray[np.float32]:
-    """The rows (n, d), each divided by its length; rows of zeros stay, and so do rows of NaN."""
-    wide = np.asarray(features, dtype=np.float64)
-    lengths = np.sqrt(np.einsum("ij,ij->i", wide, wide))[:, None]
-    return np.divide(wide, lengths, out=wide.copy(), where=lengths > 0).astype(np.float32)
+def _longest(features: NDArray[Any], centre: NDArray[np.float64] | float) -> float:
+    longest = 0.0
+    for rows in strips(*features.shape):
+        apart = features[rows].astype(np.float64) - centre
+        longest = max(longest, float(np.einsum("ij,ij->i", apart, apart).max()))
+    return longest
 
 
 def pair_distances(records: NDArray[Any], *, groups: NDArray[np.int64], seed: int = 0) -> PairDistances:

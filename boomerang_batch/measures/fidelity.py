@@ -147,7 +147,7 @@ def manifold(made: Features, real: Features, *, neighbours: int = NEIGHBOURS) ->
     """Precision, recall, density and coverage of the features of `made` (N, d) against `real` (M, d)."""
     made_reach, real_reach = (_reach(rows, neighbours) for rows in (made, real))
     # Who is exactly as far as the k-th neighbour is not within; rounding must not let it in.
-    slack = tolerance(made.astype(np.float64), real.astype(np.float64))
+    slack = tolerance(made, real)
     balls = np.zeros(len(made))
     recalled = np.zeros(len(real), bool)
     nearest_made = np.full(len(real), np.inf)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from boomerang_batch.errors import MeasureError
-from boomerang_batch.measures.distances import members, squared_distances, strips, tolerance
+from boomerang_batch.measures.distances import members, squared_between, strips, tolerance
 from boomerang_batch.measures.intervals import Estimate, Rate, rate
 from boomerang_batch.measures.matching import OneToOne, drawn, rank_credits
 from boomerang_batch.measures.verification import TrueAccepts, Verification
@@ -76,17 +76,14 @@ def linkability(
     if min(ks, default=1) < 1:
         raise ValueError(f"ranks {list(ks)} must be at least 1")
     found = ~(np.isnan(outputs).any(axis=1) | np.isnan(sources).any(axis=1))
-    queries, gallery = (part[found].astype(np.float64) for part in (outputs, sources))
+    # Features may be most of the memory there is: where nothing is missed they are not copied.
+    queries, gallery = (part if found.all() else part[found] for part in (outputs, sources))
     names, parts = names[found], members(np.asarray(groups)[found])
     if not (np.isfinite(queries).all() and np.isfinite(gallery).all()):
         raise MeasureError("the embedder gave infinite features; have it give NaN rows for what it can't see")
     _refuse_constant(gallery, parts)
-    if len(gallery):
-        centre = gallery.mean(axis=0)
-        queries -= centre
-        gallery -= centre
-
-    equal = tolerance(queries, gallery)
+    centre = gallery.mean(axis=0, dtype=np.float64) if len(gallery) else np.zeros(gallery.shape[1])
+    equal = tolerance(queries, gallery, centre=centre)
     rows, columns = _genuine_pairs(parts, names)
     genuine = _paired_distances(queries, gallery, rows, columns)
     impostors = sum(len(part) ** 2 for part in parts) - len(rows)
@@ -99,7 +96,7 @@ def linkability(
         cut_groups += one_to_one.cut
         for strip in strips(len(part), len(part)):
             block = part[strip]
-            distances = squared_distances(queries[block], gallery[part])
+            distances = squared_between(queries, block, gallery, part, centre=centre)
             own = names[block][:, None] == names[part]
             credits[block] = rank_credits(distances, own, ks, equal)
             pairs.add(block, part, distances, own)
@@ -133,9 +130,9 @@ def chance(parts: Sequence[NDArray[np.int64]], names: NDArray[np.int64], ks: Seq
     return {k: float(drawn(size, mine, np.minimum(k, size)).mean()) for k in ks}
 
 
-def _refuse_constant(gallery: NDArray[np.float64], parts: Sequence[NDArray[np.int64]]) -> None:
+def _refuse_constant(gallery: NDArray[Any], parts: Sequence[NDArray[np.int64]]) -> None:
     compared = [part for part in parts if len(part) > 1]
-    size = float(np.abs(gallery).max(initial=0))
+    size = max(float(gallery.max(initial=0)), -float(gallery.min(initial=0)))
     if compared and all(float(np.ptp(gallery[part], axis=0).max()) <= _NO_SPREAD * size for part in compared):
         raise MeasureError(
             f"the embedder gives all {sum(map(len, compared))} sources that are compared the same features: it "
@@ -157,14 +154,14 @@ def _genuine_pairs(
 
 
 def _paired_distances(
-    queries: NDArray[np.float64],
-    gallery: NDArray[np.float64],
+    queries: NDArray[Any],
+    gallery: NDArray[Any],
     rows: NDArray[np.int64],
     columns: NDArray[np.int64],
 ) -> NDArray[np.float64]:
     """Squared distance of queries[rows[i]] to gallery[columns[i]], (n,)."""
     found = np.empty(len(rows))
     for strip in strips(len(rows), queries.shape[1]):
-        apart = queries[rows[strip]] - gallery[columns[strip]]
+        apart = queries[rows[strip]].astype(np.float64) - gallery[columns[strip]]
         found[strip] = np.einsum("ij,ij->i", apart, apart)
     return found
