@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from boomerang_batch.diffusion.codes import Code, Path, fed
 from boomerang_batch.diffusion.denoiser import Condition
 from boomerang_batch.diffusion.samplers import Solver
 from boomerang_batch.diffusion.schedule import Schedule
@@ -22,6 +24,12 @@ class Walk:
         # Plain lists: the loop picks a row for every slot in every iteration.
         self.rows: list[list[float]] = solver.table.tolist()
         self.tau: list[float] = schedule.tau.tolist()
+
+    @functools.cached_property
+    def fed_rows(self) -> list[list[float]]:
+        """`rows` for a walk that is fed a code."""
+        found: list[list[float]] = fed(self.solver).table.tolist()
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +68,16 @@ class Draw:
     """Whether every pass of a cascade comes out, or the last alone."""
     region: Region | None = None
     window: Window | None = None
+    path: Path | None = None
+    """How to find the image's code, which is then what comes out; for `ddim` along the `inverted` walk. Of a
+    walk of order 1, in one pass and without a region."""
+    code: Code | None = None
+    """What the walk is fed: `image` then says no more than the size. On the CPU."""
+
+    @property
+    def leaves_residuals(self) -> bool:
+        """Whether it draws a path whose code has residuals."""
+        return self.path in ("dpm-encoder", "edit-friendly")
 
     @property
     def evaluations(self) -> int:
@@ -78,3 +96,5 @@ class Finished:
     """The state, (c, h, w) float32 on the device."""
     batch_size: int
     """The smallest batch shape that any of its steps was computed in; the autoencoder's for t = 0."""
+    code: Code | None = None
+    """Of a draw with a path."""

@@ -277,7 +277,11 @@ class Engine:
             for one, image in arrived:
                 ticket: _Ticket = one.draw.tag
                 drawn = Drawn(
-                    draw=ticket.draw, pass_number=one.pass_number, image=image, batch_size=one.batch_size
+                    draw=ticket.draw,
+                    pass_number=one.pass_number,
+                    image=image,
+                    batch_size=one.batch_size,
+                    code=one.code,
                 )
                 ticket.stream.results.append(drawn)
                 if one.pass_number == one.draw.passes:

@@ -10,12 +10,13 @@ Empty slots are therefore computed too, and their results thrown away. Nothing h
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from boomerang_batch.diffusion.batch_size import in_fixed_batches
+from boomerang_batch.diffusion.codes import Code, code_step
 from boomerang_batch.diffusion.denoiser import Condition, Denoiser
 from boomerang_batch.diffusion.draws import Draw, Finished
 from boomerang_batch.diffusion.noise import Purpose, key_words
@@ -36,6 +37,16 @@ class _Slot:
     pass_index: int = 0
     batch_size: int = 1 << 30
     """The smallest batch shape of its steps so far."""
+    fed: Tensor | None = None
+    """The residuals of its draw's code, (n + 1, c, h, w), on the device."""
+    drawn: list[Tensor] = field(default_factory=list)
+    """Of a draw with a path: its start, (c, h, w), and the residuals so far."""
+
+    @property
+    def coefficients(self) -> list[float]:
+        """Of its next step."""
+        walk = self.draw.walk
+        return (walk.rows if self.fed is None else walk.fed_rows)[self.node]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +55,10 @@ class _Encoded:
 
     draw: Draw
     x_0: Tensor
+    """Of a draw with a code, where that begins instead."""
     around: tuple[Tensor, Tensor] | None
-    """Where it has a region: what stands around that, (c, h, w), and its mask (1, h, w)."""
+    """What is known of where it leads: (c, h, w), and a mask (1, h, w) that is false there. Around its region;
+    everywhere for a draw with a path."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,16 +114,25 @@ class Slots:
         if not draws:
             return []
         regions = [draw.region for draw in draws if draw.region is not None and draw.walk.n > 0]
-        states = self._encode([*(draw.image for draw in draws), *(region.outside for region in regions)])
-        outsides = iter(states[len(draws) :])
-        for draw, x_0 in zip(draws, states, strict=False):
+        shown = [draw.image for draw in draws if draw.code is None]
+        encoded = iter(self._encode([*shown, *(region.outside for region in regions)]))
+        states = [next(encoded) if draw.code is None else upload(draw.code.x_n, self._device) for draw in draws]
+        for draw, x_0 in zip(draws, states, strict=True):
             if draw.walk.n > 0:
-                around = None if draw.region is None else (next(outsides), draw.region.mask)
+                around = None if draw.region is None else (next(encoded), draw.region.mask)
+                if draw.leaves_residuals:
+                    around = (x_0, torch.zeros_like(x_0[:1], dtype=torch.bool))
                 self._encoded.append(_Encoded(draw=draw, x_0=x_0, around=around))
         self._settle()
         return [
-            Finished(draw=draw, pass_number=number, x_0=state, batch_size=self._encode_batch)
-            for draw, state in zip(draws, states, strict=False)
+            Finished(
+                draw=draw,
+                pass_number=number,
+                x_0=state,
+                batch_size=self._encode_batch,
+                code=_code_of_nothing(draw, state),
+            )
+            for draw, state in zip(draws, states, strict=True)
             if draw.walk.n == 0
             for number in (range(1, draw.passes + 1) if draw.emit_all else [draw.passes])
         ]
@@ -121,7 +143,7 @@ class Slots:
         When something in here fails, memory for one, no slot has moved and it can be done again.
         """
         self._settle()
-        moved = self._step()
+        moved, residuals = self._step()
 
         # Emit what has arrived; start the next pass of cascades.
         arrived = [(index, slot) for index, slot in enumerate(self._slots) if slot and slot.node == 1]
@@ -131,6 +153,7 @@ class Slots:
                 pass_number=slot.pass_index + 1,
                 x_0=moved["x"][index].clone(),
                 batch_size=min(slot.batch_size, self.size),
+                code=_code(slot, moved["x"][index], residuals.get(index)),
             )
             for index, slot in arrived
             if slot.draw.emit_all or slot.pass_index + 1 == slot.draw.passes
@@ -143,8 +166,10 @@ class Slots:
 
         # Only now does anything change.
         self._rows |= moved
-        for slot in self._slots:
+        for index, slot in enumerate(self._slots):
             if slot is not None:
+                if index in residuals:
+                    slot.drawn.append(residuals[index])
                 slot.node -= 1
                 slot.batch_size = min(slot.batch_size, self.size)
         for index, slot in arrived:
@@ -196,6 +221,8 @@ class Slots:
 
     def _encode(self, images: Sequence[Tensor]) -> Tensor:
         """States (k, c, h, w) on the device, in micro-batches of a fixed shape."""
+        if not images:
+            return torch.zeros(0)
         batch = upload(torch.stack(list(images)), self._device)
         if not self._denoiser.spec.latent:
             return batch
@@ -219,8 +246,15 @@ class Slots:
             self._rows["known"][place] = outside
             self._rows["mask"][place] = to_device(mask, self._device)
         self._jump(self._rows, places, x_0, draws, [0] * len(draws))
-        for place, draw in zip(places, draws, strict=True):
-            self._slots[place] = _Slot(draw=draw, node=draw.walk.n)
+        for place, draw, begin in zip(places, draws, x_0, strict=True):
+            slot = _Slot(draw=draw, node=draw.walk.n)
+            if draw.code is not None or draw.path == "ddim":
+                self._rows["x"][place] = begin  # with no jump
+            if draw.code is not None and draw.code.residuals is not None:
+                slot.fed = upload(draw.code.residuals, self._device)
+            if draw.leaves_residuals:
+                slot.drawn.append(self._rows["x"][place].clone())
+            self._slots[place] = slot
         del self._encoded[: len(places)]
 
     def _jump(
@@ -244,30 +278,51 @@ class Slots:
             # The first step has no history; a stale one might hold a NaN, and 0 * NaN is none the better.
             rows["before"][where] = 0
 
-    def _step(self) -> dict[str, Tensor]:
-        """One network call and one step of every slot: the rows that it changes, as they are after it."""
+    def _step(self) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
+        """One network call and one step of every slot: the rows that it changes, as they are after it, and the
+        residuals (c, h, w) of those slots that draw a path.
+        """
         slots, rows = self._slots, self._rows
         idle = (_IDLE_ROW, self._idle_tau, self._idle_condition)
         coefficients, taus, conditions = zip(
             *(
-                (slot.draw.walk.rows[slot.node], slot.draw.walk.tau[slot.node], slot.draw.condition)
-                if slot
-                else idle
+                (slot.coefficients, slot.draw.walk.tau[slot.node], slot.draw.condition) if slot else idle
                 for slot in slots
             ),
             strict=True,
         )
         output = self._denoiser.denoise(rows["x"], torch.tensor(taus, dtype=torch.float64), conditions)
         z = None
-        if any(row[Column.NOISE] != 0 for row in coefficients):
+        paths = [(index, slot) for index, slot in enumerate(slots) if slot and slot.draw.leaves_residuals]
+        if paths or any(row[Column.NOISE] != 0 for row in coefficients):
             nodes = [slot.node if slot else 0 for slot in slots]
             passes = [slot.pass_index if slot else 0 for slot in slots]
             windows = [slot.draw.window if slot else None for slot in slots]
             z = normals(rows["key"], rows["x"].shape[1:], Purpose.REVERSE, nodes, passes, windows)
+            for index, slot in enumerate(slots):
+                if slot and slot.fed is not None:
+                    z[index] = slot.fed[slot.node]
         known = (rows["known"], rows["mask"]) if "known" in rows else None
         table = to_device(torch.tensor(coefficients), self._device)
         x, x0 = step(table, rows["x"], output, z, rows.get("before"), known)
-        return {"x": x, "before": x0} if self._order == 2 else {"x": x}
+        moved = {"x": x, "before": x0} if self._order == 2 else {"x": x}
+        if z is None or not paths:
+            return moved, {}
+        where = self._index([index for index, _ in paths])
+        below = torch.tensor([slot.draw.walk.rows[slot.node - 1] for _, slot in paths])
+        x[where], residuals = code_step(
+            table[where],
+            to_device(below, self._device),
+            rows["x"][where],
+            output[where],
+            rows["known"][where],
+            z[where],
+            apart=to_device(
+                torch.tensor([slot.draw.path == "edit-friendly" for _, slot in paths]), self._device
+            ),
+            last=to_device(torch.tensor([slot.node == 1 for _, slot in paths]), self._device),
+        )
+        return moved, {index: residual for (index, _), residual in zip(paths, residuals, strict=True)}
 
     def _index(self, places: Sequence[int]) -> Tensor:
         """Places on the device: indexing by a list would copy it there and wait."""
@@ -283,3 +338,19 @@ class Slots:
         if regions and "known" not in self._rows:
             self._rows["known"] = torch.zeros_like(self._rows["x"])
             self._rows["mask"] = torch.ones_like(self._rows["x"][:, :1], dtype=torch.bool)
+
+
+def _code_of_nothing(draw: Draw, x_0: Tensor) -> Code | None:
+    """Of a draw at t = 0."""
+    residuals = torch.zeros_like(x_0)[None] if draw.leaves_residuals else None
+    return None if draw.path is None else Code(x_n=x_0, residuals=residuals)
+
+
+def _code(slot: _Slot, x: Tensor, last: Tensor | None) -> Code | None:
+    """What a draw has found when it came to x with this last residual; None for one that makes an image."""
+    if slot.draw.path is None:
+        return None
+    if last is None:
+        return Code(x_n=x.clone(), residuals=None)
+    x_n, *residuals = slot.drawn
+    return Code(x_n=x_n, residuals=torch.stack([torch.zeros_like(last), last, *reversed(residuals)]))

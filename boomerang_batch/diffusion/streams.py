@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from boomerang_batch.diffusion.codes import Code
 from boomerang_batch.diffusion.draws import Draw
 from boomerang_batch.diffusion.threads import use_threads
 from boomerang_batch.errors import StoppedError
@@ -34,6 +35,8 @@ class Drawn:
     """(C, H, W) float32 on the CPU, in the denoiser's value range."""
     batch_size: int
     """The smallest batch shape that any step of it was computed in."""
+    code: Code | None = None
+    """What a draw with a path was drawn for, on the CPU; its image is the one that it came with."""
 
 
 class Stream:
