@@ -14,12 +14,14 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import brentq
+from scipy.special import gammaln
 
+from boomerang_batch.diffusion.grids import grid_indices
 from boomerang_batch.diffusion.schedule import (
     Schedule,
     build_schedule,
     flow_levels,
-    grid_indices,
     ve_levels,
     vp_levels,
 )
@@ -99,6 +101,69 @@ def test_repeated_nodes_of_the_quadratic_grid_are_walked_once(start):
     t = ("fraction", 0.4) if start == "diffusers-strength" else ("timestep", 125)
     schedule = resolve(t, grid="step-quadratic", steps=100, start=start)
     assert schedule.tau.tolist() == [0, *sorted({index for index in indices if index <= 124})]
+
+
+VAR_GRIDS = ["var-linear", "var-quadratic"]
+
+
+@pytest.mark.parametrize("steps", [5, 10, 20, 50, 100])
+@pytest.mark.parametrize("grid", VAR_GRIDS)
+def test_a_var_grid_is_the_papers_own_chain(grid, steps):
+    """Betas that begin with the model's and end where its chain does, evenly or squared."""
+    schedule = resolve(("fraction", 1.0), grid=grid, steps=steps)
+    assert schedule.n == steps
+    betas = 1 - (schedule.alpha[1:] / schedule.alpha[:-1]) ** 2
+    assert float(betas[0]) == pytest.approx(1e-4)
+    assert float(schedule.alpha[-1]) == pytest.approx(float(LINEAR.alpha[-1]), rel=1e-6)
+    even = betas if grid == "var-linear" else betas.sqrt()
+    assert even.diff().tolist() == pytest.approx([float(even.diff().mean())] * (steps - 1), rel=1e-6)
+    assert schedule.tau[1:].tolist()[:: steps - 1] == pytest.approx([0, 999], abs=1e-4)
+
+
+@pytest.mark.parametrize("grid", VAR_GRIDS)
+def test_a_var_grids_times_are_those_of_the_papers_formula(grid):
+    """Theirs for linear betas: alpha_bar as a product of terms (c - i) d, by the gamma function."""
+    schedule = resolve(("fraction", 1.0), grid=grid, steps=20)
+    d = (0.02 - 1e-4) / 999
+    c = (1 - 1e-4) / d
+
+    def log_alpha_bar(t: float) -> float:
+        return (t + 1) * math.log(d) + gammaln(c + 1) - gammaln(c - t)
+
+    for alpha, tau in zip(schedule.alpha[2:-1].tolist(), schedule.tau[2:-1].tolist(), strict=True):
+        exact = brentq(lambda t, level: log_alpha_bar(t) - level, 0, 999, args=(2 * math.log(alpha),))
+        assert tau == pytest.approx(exact, abs=0.05)
+
+
+@pytest.mark.parametrize("grid", VAR_GRIDS)
+@given(t=st.integers(1, 1000), start=st.sampled_from(["exact", "snap"]))
+@settings(max_examples=20, deadline=None)
+def test_a_var_grid_is_cut_like_any_other(grid, t, start):
+    whole = ratios_of(resolve(("fraction", 1.0), grid=grid, steps=30))
+    schedule = resolve(("timestep", t), grid=grid, steps=30, start=start)
+    found = ratios_of(schedule)
+    assert found == sorted(found)
+    assert found[:-1] == pytest.approx(whole[: len(found) - 1])
+    if start == "exact":
+        assert found[-1] == pytest.approx(float(LINEAR.relative_sigma[t - 1]))
+    else:
+        assert found[-1] == pytest.approx(whole[len(found) - 1])
+
+
+@pytest.mark.parametrize("grid", VAR_GRIDS)
+def test_var_grids_are_refused_where_they_mean_nothing(grid):
+    zero_snr = vp_levels(torch.linspace(0.999, 0, 20, dtype=torch.float64) ** 2)
+    flow = flow_levels(torch.linspace(0.05, 1, 20), torch.arange(20))
+    for levels, says in ((zero_snr, "pure noise"), (flow, r"has none of")):
+        with pytest.raises(ConfigError, match=says):
+            resolve(("fraction", 0.5), grid=grid, levels=levels, steps=10)
+    for steps in (1, 200_000):
+        with pytest.raises(ConfigError, match="take 2 to"):
+            resolve(("fraction", 0.5), grid=grid, steps=steps)
+    with pytest.raises(ConfigError, match="diffusers knows no grid"):
+        resolve(("fraction", 0.5), grid=grid, start="diffusers-strength")
+    with pytest.raises(ConfigError, match="in a table"):
+        build_schedule(LINEAR, grid=grid, steps=10, t=("fraction", 0.5), start="exact", fractional_tau=False)
 
 
 @pytest.mark.parametrize("grid", ["leading", "trailing", "linspace", "step-linear"])

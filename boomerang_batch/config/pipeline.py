@@ -40,7 +40,12 @@ from boomerang_batch.errors import RecipeError
 FORMAT_VERSION: Literal[1] = 1
 
 _Grid = Annotated[
-    Annotated[Literal["leading", "trailing", "linspace", "step-linear", "step-quadratic"], Tag("<one>")]
+    Annotated[
+        Literal[
+            "leading", "trailing", "linspace", "step-linear", "step-quadratic", "var-linear", "var-quadratic"
+        ],
+        Tag("<one>"),
+    ]
     | Annotated[tuple[int, ...], Tag("<list>")],
     Discriminator(one_or_list),
 ]

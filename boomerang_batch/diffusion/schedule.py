@@ -4,13 +4,12 @@ A schedule is ascending nodes i = 0..n of (alpha_i, sigma_i, tau_i); node 0 is c
 x_i = alpha_i * x_0 + sigma_i * eps. Variance-preserving, variance-exploding and flow-matching chains differ
 only in these numbers; tau_i is what the network is told. Noise is compared across chains by its standard
 deviation relative to the clean signal, sigma_i / alpha_i. Tables are float64.
-Boomerang: arXiv 2210.12100. FastDPM's step grids: arXiv 2106.00132.
+Boomerang: arXiv 2210.12100.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,10 +18,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from boomerang_batch.diffusion.grids import VAR, Grid, grid_indices, var_alpha_bars
 from boomerang_batch.errors import ConfigError
 
 Kind = Literal["vp", "ve", "flow"]
-Grid = Literal["leading", "trailing", "linspace", "step-linear", "step-quadratic"] | Sequence[int]
 StartPolicy = Literal["exact", "snap", "diffusers-strength"]
 
 
@@ -105,35 +104,6 @@ def flow_levels(s: Tensor, tau: Tensor, *, shift: float = 1.0, raw_floor: float 
     return NoiseLevels(kind="flow", alpha=1 - s, sigma=s, tau=tau.double(), shift=shift, raw_floor=raw_floor)
 
 
-def grid_indices(grid: Grid, *, steps: int, train_steps: int) -> list[int]:
-    """The train indices of the full grid of `steps` nodes, ascending.
-
-    leading, trailing and linspace are diffusers' timestep spacings with offset 0, bit for bit, but that a
-    linspace of one step is the top index; step-linear and step-quadratic are FastDPM's. step-quadratic repeats
-    its lowest indices when steps is large, the others are distinct. A list is taken as it is. Raises
-    ConfigError when the grid does not fit the chain.
-    """
-    top = train_steps - 1
-    if not isinstance(grid, str):
-        return _listed(grid, steps=steps, top=top)
-    if not 1 <= steps <= train_steps:
-        raise ConfigError(f"steps {steps} does not fit a chain of {train_steps}; choose 1..{train_steps}")
-    if grid == "leading":
-        return [i * (train_steps // steps) for i in range(steps)]
-    if grid == "trailing":
-        # The stride as numpy.arange rounds it, so that halves fall to the side where diffusers puts them.
-        stride = train_steps - (train_steps - train_steps / steps)
-        return [round(train_steps - k * stride) - 1 for k in reversed(range(steps))]
-    if steps == 1:  # the others divide by steps - 1
-        return [top]
-    if grid == "linspace":
-        return [round(i * (top / (steps - 1))) for i in range(steps)]
-    if grid == "step-linear":
-        return [i * top // (steps - 1) for i in range(steps)]
-    root = math.sqrt(0.8 * train_steps)
-    return [int((i * (root / (steps - 1))) ** 2) for i in range(steps - 1)] + [int(root**2)]
-
-
 def build_schedule(
     levels: NoiseLevels,
     *,
@@ -154,33 +124,60 @@ def build_schedule(
     Raises ConfigError when t lies outside the chain or needs a tau the network can't be told.
     """
     unit, value = t
-    nodes = grid_indices(grid, steps=steps, train_steps=len(levels))
     if start == "diffusers-strength":
         if unit != "fraction" or not 0 <= value <= 1:
             raise ConfigError(f"start diffusers-strength needs t as a fraction in 0..1, not {unit}={value:g}")
-        return _strength_nodes(levels, nodes, grid=grid, steps=steps, strength=value)
+        return _strength_nodes(levels, grid=grid, steps=steps, strength=value)
+    rows = _grid_rows(levels, grid, steps=steps, fractional_tau=fractional_tau)
     target = _target(levels, unit, value)
     if target is None:
-        return _nodes(levels, [])
+        return _nodes(levels.kind, rows[:, :0])
     alpha, sigma, tau = target
     if start == "snap":
         if alpha == 0:  # pure noise lies above every other node
-            return _nodes(levels, nodes)
-        gap = (levels.relative_sigma[nodes].log() - math.log(sigma / alpha)).abs()
-        return _nodes(levels, nodes[: int(gap.argmin()) + 1])
+            return _nodes(levels.kind, rows)
+        gap = ((rows[1] / rows[0]).log() - math.log(sigma / alpha)).abs()
+        return _nodes(levels.kind, rows[:, : int(gap.argmin()) + 1])
     if not fractional_tau and abs(tau - round(tau)) > 1e-6:
         raise ConfigError(
             f"t {unit}={value:g} lies between two train indices (tau {tau:.3f}), and this network looks its "
             "timesteps up in a table; give t as a timestep or fraction, or use start: snap"
         )
     tau = tau if fractional_tau else round(tau)
-    below = [j for j in nodes if sigma * float(levels.alpha[j]) > float(levels.sigma[j]) * alpha * (1 + 1e-12)]
-    return _nodes(levels, below, last=(alpha, sigma, tau))
+    below = rows[:, sigma * rows[0] > rows[1] * alpha * (1 + 1e-12)]
+    return _nodes(
+        levels.kind, torch.cat([below, torch.tensor([[alpha], [sigma], [tau]], dtype=torch.float64)], dim=1)
+    )
 
 
-def _strength_nodes(
-    levels: NoiseLevels, nodes: list[int], *, grid: Grid, steps: int, strength: float
-) -> Schedule:
+def _grid_rows(levels: NoiseLevels, grid: Grid, *, steps: int, fractional_tau: bool) -> Tensor:
+    """(alpha, sigma, tau) of the full grid's nodes, (3, S), ascending and distinct."""
+    if grid not in VAR:
+        return _trained(levels, grid_indices(grid, steps=steps, train_steps=len(levels)))
+    if levels.kind != "vp":
+        raise ConfigError(f"grid {grid} is made of betas, which this model's chain ({levels.kind}) has none of")
+    if not fractional_tau:
+        raise ConfigError(
+            f"grid {grid} lies between the train indices, and this network looks its timesteps up in a table; "
+            "take another grid"
+        )
+    first, last = (float(levels.alpha[j]) ** 2 for j in (0, -1))
+    bars = var_alpha_bars(grid, steps=steps, first=first, last=last)
+    sigma, alpha = (1 - bars).sqrt(), bars.sqrt()
+    tau = [_tau_at(levels, ratio) for ratio in (sigma / alpha).tolist()]
+    return torch.stack([alpha, sigma, torch.tensor(tau, dtype=torch.float64)])
+
+
+def _trained(levels: NoiseLevels, indices: Sequence[int]) -> Tensor:
+    """The rows of train indices.
+
+    A repeated index would be a step from a level to itself, which changes nothing; it is dropped.
+    """
+    chosen = torch.tensor(sorted(set(indices)), dtype=torch.long)
+    return torch.stack([levels.alpha, levels.sigma, levels.tau])[:, chosen]
+
+
+def _strength_nodes(levels: NoiseLevels, *, grid: Grid, steps: int, strength: float) -> Schedule:
     """What diffusers' img2img walks at a strength: the lowest int(steps * strength) nodes of its grid, but one
     more for flow models where that is no whole number; and its walk may end short of the clean node.
 
@@ -197,7 +194,12 @@ def _strength_nodes(
         raw = torch.linspace(1, floor, steps, dtype=torch.float64).flip(0)[:count]
         s = levels.shift * raw / (1 + (levels.shift - 1) * raw)
         rows = torch.stack([1 - s, s, s * (levels.tau[-1] / levels.sigma[-1])])
+    elif grid in VAR:
+        raise ConfigError(
+            f"start diffusers-strength: diffusers knows no grid {grid}; take start: exact or snap"
+        )
     else:
+        nodes = grid_indices(grid, steps=steps, train_steps=len(levels))
         offset = levels.steps_offset if grid == "leading" else 0
         cut = torch.tensor(sorted(set(nodes[: int(steps * strength)])), dtype=torch.long) + offset
         if len(cut) and int(cut[-1]) >= len(levels):
@@ -207,22 +209,10 @@ def _strength_nodes(
             )
         rows = torch.stack([levels.alpha, levels.sigma, levels.tau])[:, cut]
     if rows.shape[1] == 0:
-        return _nodes(levels, [])
+        return _nodes(levels.kind, rows)
     end = torch.tensor([*levels.end, 0.0], dtype=torch.float64).view(3, 1)
     alpha, sigma, tau = torch.cat([end, rows], dim=1)
     return Schedule(kind=levels.kind, alpha=alpha, sigma=sigma, tau=tau)
-
-
-def _listed(grid: Sequence[int], *, steps: int, top: int) -> list[int]:
-    """An explicit grid, checked."""
-    indices = [int(index) for index in grid]
-    if len(indices) != steps:
-        raise ConfigError(f"grid lists {len(indices)} train indices but steps is {steps}; make them agree")
-    if not indices or any(low >= high for low, high in itertools.pairwise(indices)):
-        raise ConfigError("grid lists train indices that do not ascend; sort them and drop repeats")
-    if indices[0] < 0 or indices[-1] > top:
-        raise ConfigError(f"grid lists train indices outside the chain's 0..{top}")
-    return indices
 
 
 def _target(levels: NoiseLevels, unit: str, value: float) -> tuple[float, float, float] | None:
@@ -283,16 +273,8 @@ def _tau_at(levels: NoiseLevels, ratio: float) -> float:
     return float(torch.lerp(levels.tau[low], levels.tau[high], weight))
 
 
-def _nodes(
-    levels: NoiseLevels, indices: Sequence[int], last: tuple[float, float, float] | None = None
-) -> Schedule:
-    """The clean node, the train indices given, and `last` (alpha, sigma, tau) above them.
-
-    A repeated index would be a step from a level to itself, which changes nothing; it is dropped.
-    """
-    chosen = torch.tensor(sorted(set(indices)), dtype=torch.long)
+def _nodes(kind: Kind, rows: Tensor) -> Schedule:
+    """The clean node and those of `rows` (3, n) above it."""
     clean = torch.tensor([[1.0], [0.0], [0.0]], dtype=torch.float64)
-    trained = torch.stack([levels.alpha, levels.sigma, levels.tau])[:, chosen]
-    above = torch.tensor([] if last is None else [last], dtype=torch.float64).view(-1, 3).T
-    alpha, sigma, tau = torch.cat([clean, trained, above], dim=1)
-    return Schedule(kind=levels.kind, alpha=alpha, sigma=sigma, tau=tau)
+    alpha, sigma, tau = torch.cat([clean, rows], dim=1)
+    return Schedule(kind=kind, alpha=alpha, sigma=sigma, tau=tau)
