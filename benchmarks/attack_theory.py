@@ -17,8 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import figures
 import numpy as np
-import plot
 import report
 import torch
 
@@ -152,6 +152,40 @@ def re_run(sigma: float, pairs: int) -> dict[str, float]:
     return found
 
 
+def panels(record: dict[str, Any]) -> list[figures.Panel]:
+    """What was measured beside what it should be, over sigma."""
+    found = record["found"]["decided"]
+
+    def theory(name: str) -> figures.Line:
+        return figures.Line(points=[(one["sigma"], one[name]) for one in found if one["eta"]], theory=True)
+
+    def measured(eta: float) -> figures.Line:
+        these = [one for one in found if one["eta"] == eta]
+        return figures.Line(
+            points=[(one["sigma"], one["measured"]) for one in these],
+            around=[
+                (one["measured"] - 1.96 * one["error"], one["measured"] + 1.96 * one["error"]) for one in these
+            ],
+        )
+
+    lines = {
+        "measured, eta 0": measured(0.0),
+        "measured, eta 1": measured(1.0),
+        "certified bound": theory("bound"),
+        "closed form, eta 1": theory("closed_form"),
+    }
+    return [
+        figures.Panel(
+            title="How often the attacker is right about two candidates",
+            x="sigma",
+            y="share of pairs",
+            lines=lines,
+            level=("chance", 0.5),
+            log="x",
+        )
+    ]
+
+
 def main() -> int:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -227,20 +261,9 @@ def main() -> int:
         ),
     ]
     found = {"decided": decided, "ranks": ranks, "leaks": leaks, "re_run": again}
-    report.publish(
-        "attack_theory",
-        {"machine": report.machine(1), "found": found},
-        "\n\n".join(parts),
-        folder=options.results,
-    )
-    lines = {
-        "certified bound": [(one["sigma"], one["bound"]) for one in decided if one["eta"]],
-        "closed form, eta 1": [(one["sigma"], one["closed_form"]) for one in decided if one["eta"]],
-        "measured, eta 1": [(one["sigma"], one["measured"]) for one in decided if one["eta"]],
-        "measured, eta 0": [(one["sigma"], one["measured"]) for one in decided if not one["eta"]],
-    }
-    panel = plot.Panel(title="Right about two candidates", x="sigma", y="share", lines=lines)
-    plot.draw([panel], options.results / "attack_theory.png", width=640)
+    record = {"machine": report.machine(1), "found": found}
+    report.publish("attack_theory", record, "\n\n".join(parts), folder=options.results)
+    figures.draw(panels(record), options.results / "attack_theory.png")
     return 0
 
 

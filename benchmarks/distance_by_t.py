@@ -21,16 +21,15 @@ from pathlib import Path
 import classifier
 import numpy as np
 import torch
+from redraws import outputs_of
 
 from boomerang_batch import storage
 from boomerang_batch.cli.inputs import load_recipe
 from boomerang_batch.config.pipeline import Recipe
-from boomerang_batch.data import geometry, images
+from boomerang_batch.data import images
 from boomerang_batch.data.fields import read_label
 from boomerang_batch.data.manifest import load_manifest
 from boomerang_batch.data.shards import Sample, read_samples
-from boomerang_batch.diffusion.engine import Draw
-from boomerang_batch.diffusion.noise import noise_key, seed_material
 from boomerang_batch.run.loading import load
 
 FRACTIONS = (0.0, 0.1, 0.2, 0.4, 0.6, 0.8)
@@ -53,27 +52,12 @@ def demo_images(recipe: Recipe, count: int) -> tuple[np.ndarray, np.ndarray]:
 def twins(recipe: Recipe, sources: np.ndarray, labels: np.ndarray, threads: int) -> tuple[np.ndarray, dict]:
     """The recipe's outputs for `sources`, uint8 (N, 28, 28), and what they took."""
     engine, walks = load(recipe, device="cpu", threads=threads)
-    model = engine.denoiser.spec
     walk = walks.at(*recipe.levels[0].unit)
-    placed = [
-        geometry.place(pixels[:, :, None], size=(model.height, model.width), policy="pad") for pixels in sources
-    ]
-    draws = (
-        Draw(
-            tag=index,
-            image=torch.from_numpy(images.to_model_values(pixels, model.value_range)),
-            noise_key=noise_key(seed_material(SEED), identity=str(index).encode(), variant=0),
-            walk=walk,
-            condition=int(labels[index]),
-        )
-        for index, (pixels, _) in enumerate(placed)
-    )
     since = time.monotonic()
-    outputs = np.empty_like(sources)
-    for drawn in engine.run(draws):
-        index = drawn.draw.tag
-        pixels = images.to_pixels(drawn.image.numpy(), model.value_range)
-        outputs[index] = geometry.restore(pixels, placed[index][1])[:, :, 0]
+    numbers = range(len(sources))
+    outputs = outputs_of(
+        engine, walk, sources[..., None], numbers, seed=SEED, policy="pad", labels=labels.tolist()
+    )[..., 0]
     engine.close()
     facts = {
         "sigma": round(walk.schedule.relative_sigma, 4),

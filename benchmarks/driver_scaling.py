@@ -23,7 +23,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-import plot
+import figures
 import report
 
 HEARD_OF = ("torch", "diffusers", "boomerang_batch.run.runner")
@@ -182,6 +182,34 @@ def run_arm(workers: int, folder: Path) -> dict[str, Any]:
     return figures
 
 
+def panels(record: dict[str, Any]) -> list[figures.Panel]:
+    """Medians over the number of workers, with the least and the greatest run."""
+
+    def line(arm: str, what: str) -> figures.Line:
+        runs = [(float(workers), [one[arm] for one in runs]) for workers, runs in record["runs"].items()]
+        return figures.Line(
+            points=[(workers, report.median(these, what)) for workers, these in runs],
+            around=[report.spread(these, what) for _, these in runs],
+        )
+
+    arms = {"tool": "boomerang-batch", "bare": "bare loop over Ray actors"}
+    return [
+        figures.Panel(
+            title=title,
+            x="workers",
+            y=y,
+            lines={name: line(arm, what) for arm, name in arms.items()},
+            band="least to greatest of all runs",
+            log="x",
+            y_range=(0, None),
+        )
+        for title, y, what in (
+            ("Hand-out", "shards a second", "shards_per_s"),
+            ("Driver", "CPU ms per shard", "driver_cpu_ms"),
+        )
+    ]
+
+
 def main() -> int:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -228,21 +256,9 @@ def main() -> int:
         "# Shards a second that one driver hands out to workers that do nothing\n\n"
         f"{report.table(header, rows)}\n\nMedians of {options.repeats} runs."
     )
-    lines = {
-        what: {
-            name: [(float(workers), of[arm][what]) for workers, of in medians.items()]
-            for arm, name in (("tool", "boomerang-batch"), ("bare", "bare loop over Ray actors"))
-        }
-        for what in ("shards_per_s", "driver_cpu_ms")
-    }
-    panels = [
-        plot.Panel(title="Hand-out", x="workers", y="shards/s", lines=lines["shards_per_s"]),
-        plot.Panel(title="Driver", x="workers", y="CPU ms per shard", lines=lines["driver_cpu_ms"]),
-    ]
-    report.publish(
-        "driver_scaling", {"machine": report.machine(2), "runs": found}, markdown, folder=options.results
-    )
-    plot.draw(panels, options.results / "driver_scaling.png")
+    record = {"machine": report.machine(2), "runs": found}
+    report.publish("driver_scaling", record, markdown, folder=options.results)
+    figures.draw(panels(record), options.results / "driver_scaling.png")
     return 0
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import face_attacks
 import numpy as np
 import report
-from curves import Curve, Panel, Point, draw
+from figures import Line, Panel, draw
 
 HEAD = """
 # Faces that Boomerang redrew
@@ -35,55 +35,56 @@ def greatest_rise(values: Sequence[float]) -> float:
     return float(np.max(known - np.minimum.accumulate(known), initial=0.0))
 
 
-def curve(
-    name: str, lines: Sequence[Mapping[str, Any]], embedder: str, *path: str, dashed: bool = False
-) -> Curve:
-    """One rate over t."""
-    points = []
-    for line in lines:
-        rate = line["embedders"][embedder]
-        for step in path:
-            rate = rate[step]
-        if rate["trials"]:
-            points.append(Point(x=line["fraction"], y=rate["value"], interval=(rate["low"], rate["high"])))
-    return Curve(name=name, points=tuple(points), dashed=dashed)
-
-
-def plot(lines: Sequence[Mapping[str, Any]], used: Sequence[str], path: Path) -> None:
+def panels(record: Mapping[str, Any]) -> list[Panel]:
     """Same photograph, other photographs, memorized swaps: each over t."""
-    by_t = [line for line in lines if "sigma" in line]
-    limit = Curve(
-        name="noise ceiling (the very photograph alone)",
-        points=tuple(Point(x=line["fraction"], y=line["ceiling"]["value"]) for line in by_t),
-        dashed=True,
-    )
-    first = by_t[0]["embedders"][used[0]]
-    panels = [
+    by_t = [line for line in record["rows"] if "sigma" in line]
+    limit = Line(points=[(line["fraction"], line["ceiling"]["value"]) for line in by_t], theory=True)
+    first = next(iter(by_t[0]["embedders"].values()))
+
+    def curves(*path: str) -> dict[str, Line]:
+        found = {}
+        for name in by_t[0]["embedders"]:
+            rates = [(line["fraction"], rate_of(line, name, *path)) for line in by_t]
+            known = [(fraction, rate) for fraction, rate in rates if rate["trials"]]
+            found[name] = Line(
+                points=[(fraction, rate["value"]) for fraction, rate in known],
+                around=[(rate["low"], rate["high"]) for _, rate in known],
+            )
+        return found
+
+    return [
         Panel(
             title="Is the very photograph found?",
             x="t / T",
             y="rank-1 among 200",
-            curves=(limit, *(curve(name, by_t, name, "same_photo", "rank1") for name in used)),
+            lines={**curves("same_photo", "rank1"), "noise ceiling (the very photograph alone)": limit},
             level=("chance", first["same_photo"]["chance"]),
-            y_range=(0, 1),
+            y_range=(0, 1.02),
         ),
         Panel(
             title="Are others of the person, without it?",
             x="t / T",
             y="rank-1 among 100, 5 of them right",
-            curves=tuple(curve(name, by_t, name, "other_photos", "rank1") for name in used),
+            lines=curves("other_photos", "rank1"),
             level=("chance", first["other_photos"]["chance"]),
-            y_range=(0, 1),
+            y_range=(0, 1.02),
         ),
         Panel(
             title="Is a training face drawn instead?",
             x="t / T",
-            y="nearer to one than strangers, and than its source",
-            curves=tuple(curve(name, by_t, name, "memorized", "swapped") for name in used),
-            y_range=(0, 1),
+            y="share of memorized swaps",
+            lines=curves("memorized", "swapped"),
+            y_range=(0, 1.02),
         ),
     ]
-    draw(panels, path, width=400)
+
+
+def rate_of(line: Mapping[str, Any], embedder: str, *path: str) -> Mapping[str, float]:
+    """One rate of a row."""
+    rate = line["embedders"][embedder]
+    for step in path:
+        rate = rate[step]
+    return rate
 
 
 def cell(rate: Mapping[str, float]) -> str:
@@ -95,14 +96,9 @@ def tables(lines: Sequence[Mapping[str, Any]], used: Sequence[str]) -> str:
     """One table of the worst case, one of each embedder."""
 
     def worst(line: Mapping[str, Any], *path: str) -> str:
-        def at(name: str) -> Mapping[str, float]:
-            rate = line["embedders"][name]
-            for step in path:
-                rate = rate[step]
-            return rate
-
-        name = max((name for name in used if at(name)["trials"]), key=lambda name: at(name)["value"])
-        return f"{cell(at(name))} {name}"
+        rates = {name: rate_of(line, name, *path) for name in used}
+        name = max((name for name in used if rates[name]["trials"]), key=lambda name: rates[name]["value"])
+        return f"{cell(rates[name])} {name}"
 
     header = ["row", "sigma", "ceiling", "the very photograph", "one to one: noise alone", "outputs"]
     header += ["ceiling of a half", "the very photograph, learned attacker"]
@@ -160,5 +156,5 @@ def publish(record: Mapping[str, Any], used: Sequence[str], results: Path) -> No
         f"Greatest rise of a rank-1 with t: {'; '.join(told) or 'none'}.",
     ]
     text += [f"\nLeft out: {reason}." for reason in record["left_out"].values()]
-    plot(lines, used, results / "faces.png")
     report.publish("faces", {**record, "greatest_rise": rises}, "\n".join(text), folder=results)
+    draw(panels(record), results / "faces.png")

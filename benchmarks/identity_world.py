@@ -8,13 +8,13 @@ predicts is no noise at all, so that it gives back what it is given.
 from __future__ import annotations
 
 import io
-import tarfile
 import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import webdataset
 from PIL import Image
 
 from boomerang_batch.config.pipeline import parse_recipe
@@ -72,12 +72,9 @@ def jpegs(*, grain: float, quality: int = QUALITY) -> list[bytes]:
 
 def write_shard(path: Path, pictures: list[bytes], count: int, *, first: int = 0) -> None:
     """A tar of `count` samples, the pictures over and over under keys of their own."""
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+    with webdataset.TarWriter(str(path), encoder=False) as tar:
         for index in range(first, first + count):
-            for field, data in (("jpg", pictures[index % len(pictures)]), ("cls", b"0")):
-                info = tarfile.TarInfo(f"image{index:07d}.{field}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
+            tar.write({"__key__": f"image{index:07d}", "jpg": pictures[index % len(pictures)], "cls": b"0"})
 
 
 def write_manifest(path: Path, shards: list[Path]) -> Path:

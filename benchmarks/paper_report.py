@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import report
-from curves import Curve, Panel, Point, draw
+from figures import Line, Panel, draw
 from scipy import stats
 
 PUBLISHED = (
@@ -52,28 +52,28 @@ def percent(values: Sequence[float], *, signed: bool = False) -> str:
     return told if math.isinf(half) else f"{told} ± {100 * half:.1f}"
 
 
-def panel(table: Sequence[Mapping[str, Any]]) -> Panel:
+def panels(record: Mapping[str, Any]) -> list[Panel]:
     """Accuracy over t, the real images at t = 0."""
-    curves = []
+    table = record["rows"]
+    lines = {}
     for learned, coin in (("copies alone", False), ("real and copies by the coin", True)):
-        for augment, words in ((False, ""), (True, ", standard augmentation")):
-            points = []
-            for line in table:
-                if line["coin"] != coin and line["fraction"] > 0:
-                    continue
-                mean, half = mean_and_half(line["accuracy"]["augmented" if augment else "plain"])
-                around = (mean - half, mean + half) if math.isfinite(half) else None
-                points.append(Point(x=line["fraction"], y=mean, interval=around))
-            curves.append(Curve(name=learned + words, points=tuple(points)))
+        rows = [line for line in table if line["coin"] == coin or line["fraction"] == 0]
+        for how, words in (("plain", ""), ("augmented", ", augmented")):
+            told = [(line["fraction"], *mean_and_half(line["accuracy"][how])) for line in rows]
+            lines[learned + words] = Line(
+                points=[(fraction, mean) for fraction, mean, _ in told],
+                around=[(mean - half, mean + half) for _, mean, half in told if math.isfinite(half)],
+            )
     real = next(line for line in table if line["fraction"] == 0)
-    level = float(np.mean(real["accuracy"]["plain"]))
-    return Panel(
-        title="Fashion-MNIST: what is learned from real images and from copies",
-        x="t / T of the copies (0: the real images)",
-        y="accuracy on real images",
-        curves=tuple(curves),
-        level=("real", level),
-    )
+    return [
+        Panel(
+            title="Fashion-MNIST: what is learned from real images and from copies",
+            x="t / T of the copies (0: the real images)",
+            y="accuracy on real images",
+            lines=lines,
+            level=("real", float(np.mean(real["accuracy"]["plain"]))),
+        )
+    ]
 
 
 def cells(line: Mapping[str, Any], real: Mapping[str, Sequence[float]]) -> list[object]:
@@ -102,6 +102,5 @@ def publish(record: Mapping[str, Any], results: Path) -> None:
         BESIDE,
         report.table(beside, PUBLISHED),
     ]
-    results.mkdir(parents=True, exist_ok=True)
-    draw([panel(table)], results / "paper_tables.png", width=720, height=420)
     report.publish("paper_tables", {**record, "published": PUBLISHED}, "\n".join(text), folder=results)
+    draw(panels(record), results / "paper_tables.png")

@@ -30,6 +30,7 @@ import peer_img2img
 import peer_tool
 import report
 import torch
+import webdataset
 from PIL import Image
 
 SIDE = peer_img2img.SIDE
@@ -104,15 +105,13 @@ def write_shards(folder: Path, images: int) -> list[str]:
     for first in range(0, images, PER_SHARD):
         path = folder / f"in-{first // PER_SHARD:05d}.tar"
         shards.append(str(path))
-        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        with webdataset.TarWriter(str(path), encoder=False) as tar:
             for index in range(first, min(images, first + PER_SHARD)):
                 small = Image.fromarray(draw.integers(0, 256, (16, 16, 3), dtype=np.uint8))
                 buffer = io.BytesIO()
                 small.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(buffer, "PNG", compress_level=1)
-                for field, data in (("png", buffer.getvalue()), ("txt", f"picture {index}".encode())):
-                    info = tarfile.TarInfo(f"image{index:06d}.{field}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
+                fields = {"png": buffer.getvalue(), "txt": f"picture {index}".encode()}
+                tar.write({"__key__": f"image{index:06d}", **fields})
     return shards
 
 

@@ -3,21 +3,20 @@
     PYTHON benchmarks/peer_img2img.py data-juicer|img2img-pipeline JOB.json OUT
 
 PYTHON is, for data-juicer, that of an environment which holds py-data-juicer, diffusers, transformers and
-accelerate; this file imports nothing of this project. One prompt and one image per call of diffusers' img2img
+accelerate; nothing here imports this project's package. One prompt and one image per call of diffusers' img2img
 pipeline, the image brought to 512x512 and back. The seconds run from the first image to the last, the model
 loaded and warm; Data-Juicer is given unpacked files and writes unpacked files, which is in its favour.
 """
 
 from __future__ import annotations
 
-import argparse
 import io
-import json
 import tarfile
 import time
 from pathlib import Path
 from typing import Any
 
+import peer_arm
 import torch
 from PIL import Image
 
@@ -103,17 +102,12 @@ def img2img_pipeline(job: dict[str, Any], out: Path) -> float:
     return time.monotonic() - since
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("arm", choices=ARMS)
-    parser.add_argument("job", type=Path)
-    parser.add_argument("out", type=Path)
-    args = parser.parse_args()
-    job = json.loads(args.job.read_text())
+def run(arm: str, job: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Do the job and say how long it took."""
     torch.set_num_threads(job["threads"])
-    seconds = (data_juicer if args.arm == "data-juicer" else img2img_pipeline)(job, args.out)
-    print(json.dumps({"images": len(list(args.out.glob("*.png"))), "seconds": round(seconds, 3)}))
+    seconds = (data_juicer if arm == "data-juicer" else img2img_pipeline)(job, out)
+    return {"images": len(list(out.glob("*.png"))), "seconds": round(seconds, 3)}
 
 
 if __name__ == "__main__":
-    main()
+    peer_arm.main(__doc__, ARMS, run)

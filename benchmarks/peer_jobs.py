@@ -14,6 +14,7 @@ from unittest import mock
 import numpy as np
 import peer_loops
 import torch
+import webdataset
 from PIL import Image
 from torch import Tensor
 
@@ -60,13 +61,11 @@ def write_job(folder: Path, name: str, *, images: int, threads: int) -> dict[str
     for first in range(0, images, PER_SHARD):
         path = folder / f"in-{first // PER_SHARD:05d}.tar"
         shards.append(str(path))
-        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        with webdataset.TarWriter(str(path), encoder=False) as tar:
             for index in range(first, min(images, first + PER_SHARD)):
-                members = {field: samples[index].fields[field] for field in ("png", "cls")}
-                for field, data in (members | {"timestep": str(timesteps[index]).encode()}).items():
-                    info = tarfile.TarInfo(f"image{index:06d}.{field}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
+                fields = {field: samples[index].fields[field] for field in ("png", "cls")}
+                fields["timestep"] = str(timesteps[index]).encode()
+                tar.write({"__key__": f"image{index:06d}", **fields})
     manifest = folder / "manifest.yaml"
     manifest.write_text(f"format_version: 1\nname: peers\nshards: {json.dumps(shards)}\n")
     return {

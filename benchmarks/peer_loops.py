@@ -17,9 +17,7 @@ Guidance, sampler, evaluations, weights, memory layout and number of threads are
 
 from __future__ import annotations
 
-import argparse
 import io
-import json
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -27,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peer_arm
 import torch
 import webdataset
 from diffusers import DDPMScheduler, UNet2DModel
@@ -172,14 +171,5 @@ def run(arm: str, job: dict[str, Any], out: Path) -> dict[str, Any]:
     return {"images": images, "seconds": round(seconds, 3), "evaluations": needed, "rows_evaluated": rows}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("arm", choices=ARMS)
-    parser.add_argument("job", type=Path)
-    parser.add_argument("out", type=Path)
-    args = parser.parse_args()
-    print(json.dumps(run(args.arm, json.loads(args.job.read_text()), args.out)))
-
-
 if __name__ == "__main__":
-    main()
+    peer_arm.main(__doc__, ARMS, run)

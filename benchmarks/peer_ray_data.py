@@ -13,8 +13,6 @@ the last file written; both are in Ray Data's favour.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import sys
 import time
@@ -22,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peer_arm
 import ray
 from PIL import Image
 
@@ -105,14 +104,5 @@ def run(arm: str, job: dict[str, Any], out: Path) -> dict[str, Any]:
     return {"images": images, "seconds": round(seconds, 3), "evaluations": evaluations}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("arm", choices=ARMS)
-    parser.add_argument("job", type=Path)
-    parser.add_argument("out", type=Path)
-    args = parser.parse_args()
-    print(json.dumps(run(args.arm, json.loads(args.job.read_text()), args.out.resolve())))
-
-
 if __name__ == "__main__":
-    main()
+    peer_arm.main(__doc__, ARMS, run)

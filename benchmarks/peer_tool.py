@@ -10,12 +10,12 @@ tells.
 
 from __future__ import annotations
 
-import argparse
 import json
 import threading
 from pathlib import Path
 from typing import Any
 
+import peer_arm
 import pyarrow.parquet
 
 from boomerang_batch.config.pipeline import Recipe, parse_recipe
@@ -87,14 +87,5 @@ def run(arm: str, job: dict[str, Any], out: Path) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("arm", choices=ARMS)
-    parser.add_argument("job", type=Path)
-    parser.add_argument("out", type=Path)
-    args = parser.parse_args()
-    print(json.dumps(run(args.arm, json.loads(args.job.read_text()), args.out)))
-
-
 if __name__ == "__main__":
-    main()
+    peer_arm.main(__doc__, ARMS, run)

@@ -19,7 +19,8 @@ import torch
 
 from boomerang_batch.config.pipeline import Recipe
 from boomerang_batch.data import geometry, images
-from boomerang_batch.diffusion.engine import Draw
+from boomerang_batch.diffusion.draws import Draw, Walk
+from boomerang_batch.diffusion.engine import Engine
 from boomerang_batch.diffusion.noise import noise_key, seed_material
 from boomerang_batch.run.loading import load
 
@@ -35,6 +36,40 @@ class Redrawn:
     sigma: float
     evaluations: int
     cpu_s: float
+
+
+def outputs_of(
+    engine: Engine,
+    walk: Walk,
+    sources: np.ndarray,
+    numbers: Sequence[int],
+    *,
+    seed: int,
+    policy: geometry.ResizePolicy,
+    labels: Sequence[int] | None = None,
+) -> np.ndarray:
+    """What the walk makes of those of uint8 `sources` (N, H, W, C) that have these numbers."""
+    model = engine.denoiser.spec
+    placed = {
+        number: geometry.place(sources[number], size=(model.height, model.width), policy=policy)
+        for number in numbers
+    }
+    draws = (
+        Draw(
+            tag=number,
+            image=torch.from_numpy(images.to_model_values(placed[number][0], model.value_range)),
+            noise_key=noise_key(seed_material(seed), identity=str(number).encode(), variant=0),
+            walk=walk,
+            condition=None if labels is None else int(labels[number]),
+        )
+        for number in numbers
+    )
+    outputs = {}
+    for drawn in engine.run(draws):
+        number = drawn.draw.tag
+        pixels = images.to_pixels(drawn.image.numpy(), model.value_range)
+        outputs[number] = geometry.restore(pixels, placed[number][1])
+    return np.stack([outputs[number] for number in numbers])
 
 
 class Redrawer:
@@ -67,7 +102,15 @@ class Redrawer:
             if not kept.is_file():
                 numbers = range(begin, min(begin + PART, len(sources)))
                 since = time.process_time()
-                made = self._draw(sources, numbers, fraction, labels)
+                made = outputs_of(
+                    self._engine,
+                    walk,
+                    sources,
+                    numbers,
+                    seed=self._recipe.seed or 0,
+                    policy=self._recipe.images.resize,
+                    labels=labels,
+                )
                 scratch = kept.with_suffix(".tmp.npz")
                 np.savez(scratch, images=made, cpu_s=time.process_time() - since)
                 scratch.replace(kept)
@@ -81,31 +124,3 @@ class Redrawer:
             evaluations=walk.n,
             cpu_s=cpu_s,
         )
-
-    def _draw(
-        self, sources: np.ndarray, numbers: range, fraction: float, labels: Sequence[int] | None
-    ) -> np.ndarray:
-        model = self._engine.denoiser.spec
-        walk = self._walks.at("fraction", fraction)
-        policy = self._recipe.images.resize
-        placed = {
-            number: geometry.place(sources[number], size=(model.height, model.width), policy=policy)
-            for number in numbers
-        }
-        material = seed_material(self._recipe.seed or 0)
-        draws = (
-            Draw(
-                tag=number,
-                image=torch.from_numpy(images.to_model_values(placed[number][0], model.value_range)),
-                noise_key=noise_key(material, identity=str(number).encode(), variant=0),
-                walk=walk,
-                condition=None if labels is None else int(labels[number]),
-            )
-            for number in numbers
-        )
-        outputs = {}
-        for drawn in self._engine.run(draws):
-            number = drawn.draw.tag
-            pixels = images.to_pixels(drawn.image.numpy(), model.value_range)
-            outputs[number] = geometry.restore(pixels, placed[number][1])
-        return np.stack([outputs[number] for number in numbers])

@@ -24,18 +24,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import plot
+import figures
 import report
+from driver_scaling import RECIPE
 
-RECIPE = """
-name: nothing
-purpose: augment
-seed: 1
-identity: content
-model: {source: nowhere}
-t: {fraction: 0.5}
-steps: 1
-"""
+STORES = {"file": "local disk", "s3": "SeaweedFS"}
 ARMS = ("without the index", "with the index", "listing alone")
 
 
@@ -154,11 +147,34 @@ def measure(shards: int, store: str, repeats: int, *, read_up_to: int) -> dict[s
     return {"shards": shards, "store": store, "seconds": seconds, "peak_mb": round(peak_mb)}
 
 
+def panels(record: dict[str, Any]) -> list[figures.Panel]:
+    """Medians over the number of shards, with the least and the greatest."""
+
+    def line(store: str, arm: str) -> figures.Line:
+        runs = [one for one in record["runs"] if one["store"] == store and one["seconds"][arm]]
+        return figures.Line(
+            points=[(one["shards"], median(one["seconds"][arm])) for one in runs],
+            around=[(min(one["seconds"][arm]), max(one["seconds"][arm])) for one in runs],
+        )
+
+    lines = {f"{name}, {arm}": line(store, arm) for store, name in STORES.items() for arm in ARMS}
+    return [
+        figures.Panel(
+            title="Until the first shard is handed out",
+            x="shards",
+            y="seconds",
+            lines=lines,
+            band="least to greatest of all runs",
+            log="xy",
+        )
+    ]
+
+
 def main() -> int:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=int, nargs="+", default=[1000, 10_000, 100_000])
-    parser.add_argument("--store", choices=("file", "s3"), nargs="+", default=["file"])
+    parser.add_argument("--store", choices=tuple(STORES), nargs="+", default=["file"])
     parser.add_argument("--read-up-to", type=int, default=10_000, metavar="SHARDS")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--results", type=Path, default=report.RESULTS)
@@ -188,10 +204,9 @@ def main() -> int:
         for store in options.store
         for shards in options.shards
     ]
-    names = {"file": "local disk", "s3": "SeaweedFS"}
     rows = [
         [
-            names[one["store"]],
+            STORES[one["store"]],
             f"{one['shards']:,}",
             *(f"{median(one['seconds'][arm]):.2f}" if one["seconds"][arm] else "" for arm in ARMS),
             one["peak_mb"],
@@ -203,18 +218,9 @@ def main() -> int:
         "# From the command to the first shard handed out, all but one shard done\n\n"
         f"{report.table(header, rows)}\n\nMedians of {options.repeats}."
     )
-    lines = {
-        f"{names[store]}, {arm}": [
-            (float(one["shards"]), median(one["seconds"][arm]))
-            for one in found
-            if one["store"] == store and one["seconds"][arm]
-        ]
-        for store in options.store
-        for arm in ARMS
-    }
-    report.publish("resume", {"machine": report.machine(2), "runs": found}, markdown, folder=options.results)
-    panel = plot.Panel(title="Until the first shard is handed out", x="shards", y="seconds", lines=lines)
-    plot.draw([panel], options.results / "resume.png", width=640)
+    record = {"machine": report.machine(2), "runs": found}
+    report.publish("resume", record, markdown, folder=options.results)
+    figures.draw(panels(record), options.results / "resume.png")
     return 0
 
 

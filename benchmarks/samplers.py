@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import plot
+import figures
 import report
 import torch
 from sampler_errors import (
@@ -56,14 +56,38 @@ def rows(errors: dict[str, dict[int, float]], evaluations: Sequence[int]) -> str
     return report.table(["sampler", *map(str, evaluations)], body)
 
 
-def panel(title: str, y: str, errors: dict[str, dict[int, float]], floor: float | None = None) -> plot.Panel:
-    """The same as a plot. What is exact up to rounding is left out of it."""
-    lines = {
-        name: [(n, error) for n, error in line.items() if error > ROUNDING]
-        for name, line in errors.items()
-        if max(line.values()) > ROUNDING
-    }
-    return plot.Panel(title=title, x="evaluations", y=y, lines=lines, floor=("floor", floor) if floor else None)
+def panels(record: dict[str, Any]) -> list[figures.Panel]:
+    """The same as plots. What is exact up to rounding is left out of them."""
+    told = (
+        ("gaussian", "Gaussian, closed form", "2-Wasserstein to the exact law, relative", None),
+        (
+            "mixture",
+            "Mixture of three, exact denoiser",
+            "1-Wasserstein to the data",
+            ("floor", "mixture_floor"),
+        ),
+        (
+            "demo",
+            "The demo's model",
+            f"relative error against {REFERENCE} evaluations",
+            ("floor of DDPM", "demo_floor_of_stochastic"),
+        ),
+    )
+    return [
+        figures.Panel(
+            title=title,
+            x="evaluations",
+            y=y,
+            lines={
+                name: figures.Line(points=[(int(n), error) for n, error in line.items() if error > ROUNDING])
+                for name, line in record[part].items()
+            },
+            level=(floor[0], record[floor[1]]) if floor else None,
+            log="xy",
+        )
+        for part, title, y, floor in told
+        if part in record
+    ]
 
 
 def main() -> None:
@@ -102,10 +126,6 @@ def main() -> None:
         "",
         rows(mixture, counts),
     ]
-    panels = [
-        panel("Gaussian, closed form", "2-Wasserstein to the exact law, relative", gaussian),
-        panel("Mixture of three, exact denoiser", "1-Wasserstein to the data", mixture, mixture_floor),
-    ]
     if args.images:
         errors, floor = demo_errors(Demo(args.images, args.threads), counts)
         record |= {"demo": errors, "demo_floor_of_stochastic": floor, "demo_images": args.images}
@@ -116,12 +136,8 @@ def main() -> None:
             "",
             rows(errors, counts),
         ]
-        panels.append(
-            panel("The demo's model", f"relative error against {REFERENCE} evaluations", errors, floor)
-        )
-    args.results.mkdir(parents=True, exist_ok=True)
-    plot.draw(panels, args.results / "samplers.png")
     report.publish("samplers", record, "\n".join(text), folder=args.results)
+    figures.draw(panels(record), args.results / "samplers.png")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import report
+import webdataset
 from picture_scores import Pixels, scores
 from PIL import Image, ImageDraw, ImageFont
 
@@ -96,13 +97,11 @@ def enlarge(
     """What the tool makes of the reduced photographs: by (fraction, pass), by name."""
     with tempfile.TemporaryDirectory(prefix="super-resolution-") as scratch:
         folder = Path(scratch)
-        with tarfile.open(folder / "small.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        with webdataset.TarWriter(str(folder / "small.tar"), encoder=False) as tar:
             for key, pixels in small.items():
                 buffer = io.BytesIO()
                 Image.fromarray(pixels).save(buffer, "PNG")
-                info = tarfile.TarInfo(f"{key}.png")
-                info.size = buffer.tell()
-                tar.addfile(info, io.BytesIO(buffer.getvalue()))
+                tar.write({"__key__": key, "png": buffer.getvalue()})
         manifest = folder / "manifest.yaml"
         manifest.write_text("format_version: 1\nname: small\nshards: [small.tar]\n")
         request = RunRequest(
