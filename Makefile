@@ -32,14 +32,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)  ## Make an anonymized twin of a small real dataset, with the shipped model
 	@$(BIN)/boomerang-batch demo $(OUT)
 
-# Two processes of one thread each: threads that wait for each other would spin. Tests that time, kill and start
-# processes themselves go one by one.
+# Two processes of one thread each: threads that wait for each other would spin. Tests that measure time themselves
+# go one by one; those that start Ray or kill processes mostly wait, so others run beside them.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 TESTS_BESIDE := $(TESTS) -n 2 --dist worksteal
 
 test: $(INSTALLED)  ## Run every test
 	@$(TESTS_BESIDE) -m 'not alone'
-	@$(TESTS) -m alone
+	@$(TESTS) -m alone $$(grep -l 'mark\.alone' tests/*.py)
 
 test-chaos: $(INSTALLED)  ## The kill test in its long form: 20 workers and 5 drivers killed, some ten minutes
 	@BOOMERANG_CHAOS=long $(BIN)/python -m pytest tests/test_ray.py -k kills

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from boomerang_batch.audit import audit as module
-from boomerang_batch.audit import compare, readings
+from boomerang_batch.audit import compare, names, readings
 from boomerang_batch.audit.audit import AuditRequest, audit
 from boomerang_batch.audit.calibrate import Calibration, Target, calibrate
 from boomerang_batch.audit.controls import AT_0, AT_T, SECRET_KNOWN
@@ -31,6 +31,7 @@ from boomerang_batch.data.manifest import load_manifest
 from boomerang_batch.errors import ConfigError, ManifestError, MeasureError, PrivateDirError, VerificationError
 from boomerang_batch.measures import embedders
 from boomerang_batch.measures.ceiling import noise_ceiling
+from boomerang_batch.measures.classifiers import CheckedClassifier
 from boomerang_batch.run.record import require_record
 from boomerang_batch.run.trial import Rig
 from tests import worlds
@@ -197,6 +198,51 @@ def test_the_command_ends_with_4_where_a_gate_is_broken(world: tuple[Path, Path,
     told = CliRunner().invoke(main, words)
     assert told.exit_code == 2
     assert "--private-dir" in told.stderr
+
+
+class Even:
+    """Takes every picture for one of the even label."""
+
+    name, digest, licence = "even", "0" * 64, "MIT"
+
+    def classify(self, images: np.ndarray) -> list[int]:
+        return [0] * len(images)
+
+
+def test_images_besides_and_a_given_classifier_are_told_by_number_alone(
+    world: tuple[Path, Path, Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    out, manifest, _ = world
+    monkeypatch.setattr(module.given, "load", lambda name: CheckedClassifier(Even()))
+    beside = {
+        flag: str(save_world(tmp_path / flag, first=first))
+        for flag, first in (("training", 5000), ("holdout", 6000))
+    }
+    words = ["audit", str(out), "--against", str(manifest), "--private-dir", f"{out}-private", "--redraw", "0"]
+    words += ["--embedder", "pixels", "--classifier", "even", "--min-label-agreement", "0.7", "--json"]
+    saved = tmp_path / "a.json"
+    told = CliRunner().invoke(
+        main, [*words, "--training", beside["training"], "--holdout", beside["holdout"], "--save", str(saved)]
+    )
+    assert told.exit_code == 4, told.output
+    found = load_findings(str(saved))
+    assert (found.training, found.holdout) == (SHARDS * SAMPLES, SHARDS * SAMPLES)
+    assert [one.name for one in found.classifiers] == ["even"]
+    assert {one.features: one.value for one in found.of("label-agreement")}["even"] == 0.5
+    assert found.of("training-swaps")
+    assert found.of("median-dcr", "hold-out")
+    assert not [said for said in (b"canary", str(tmp_path).encode(), b"s-000") if said in saved.read_bytes()]
+    gone = CliRunner().invoke(main, [*words, "--holdout", str(tmp_path / "nowhere.yaml")])
+    assert gone.exit_code != 0
+    assert "--holdout: " in gone.stderr
+    assert "nowhere.yaml" in gone.stderr
+    taken = CliRunner().invoke(main, [*words, "--embedder", "even"])
+    assert taken.exit_code == 2
+    assert "--classifier even: it has the name of an embedder" in taken.stderr
+
+
+def test_every_measure_has_its_words(found: Findings):
+    assert {one.measure for one in found.readings} <= {*names.LINKED, *names.COPIES, *names.USE}
 
 
 @pytest.mark.slow
@@ -378,7 +424,7 @@ def test_a_sweep_shows_each_t(world: tuple[Path, Path, Recipe], rig: Rig):
     ]
     assert ranks[0][0] == 1 > ranks[1][0]
     with Image.open(io.BytesIO(told.grid)) as grid:
-        assert grid.size == (3 * 100 + 4, 4 * 100 + 4)
+        assert grid.size == (3 * 100 + 4, 24 + 4 * 100 + 4)
     json.dumps(told.facts())
 
 

@@ -1,8 +1,9 @@
 """Marks planted wherever an input can carry one, and an anonymized output searched for every trace of them.
 
 A mark is looked for as text, UTF-16, hex and base64, and as a digest; so are digests of every source file and
-field, and of pictures' pixels. It must not be found whether the run succeeds, gives up, dies, is killed or goes
-on. The same search over a run that isn't anonymized, and over the private dir, must find what it looks for.
+field, and of pictures' pixels. It must not be found in OUT, nor in what the run says, which a job's log keeps,
+whether the run succeeds, gives up, dies, is killed or goes on. The same search over a run that isn't
+anonymized, and over the private dir, must find what it looks for.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -303,15 +305,26 @@ class Output:
     log: str
     exception: BaseException | None
 
+    @property
+    def said(self) -> tuple[str, bytes]:
+        """What the log of a job would keep of it."""
+        return "said", f"{self.stdout}\n{self.stderr}".encode()
+
 
 def command(
-    folder: Path, model: Path, manifest: Path, *overrides: str, purpose: str = "anonymize"
+    folder: Path,
+    model: Path,
+    manifest: Path,
+    *overrides: str,
+    purpose: str = "anonymize",
+    log_format: str = "json",
 ) -> list[str]:
     """A command line into `folder`, whose secret is known."""
+    folder.mkdir(exist_ok=True)
     recipe, private = folder / "recipe.yaml", folder / "private"
     recipe.write_text(worlds.recipe_text(model, purpose=purpose))
     words = ["run", str(recipe), str(manifest), str(folder / "out"), "--device=cpu", "--threads=1"]
-    words.append("--log-format=json")  # which says more than text does
+    words.append(f"--log-format={log_format}")  # JSON says more than text does
     words += [f"--set={override}" for override in overrides]
     if purpose == "anonymize":
         private.mkdir(mode=0o700)
@@ -322,15 +335,18 @@ def command(
 
 
 def run(
-    folder: Path, model: Path, manifest: Path, *overrides: str, purpose: str = "anonymize", exit_code: int = 3
+    folder: Path, model: Path, manifest: Path, *overrides: str, exit_code: int = 3, **options: str
 ) -> Output:
     """A run from the command line, in which something failed."""
-    words = command(folder, model, manifest, *overrides, purpose=purpose)
-    said = io.StringIO()
+    words = command(folder, model, manifest, *overrides, **options)
+    said, last_words = io.StringIO(), io.StringIO()
     handler = logging.StreamHandler(said)
     logging.getLogger().addHandler(handler)
     try:
         result = CliRunner().invoke(main, words, env=CREDENTIALS)
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            with contextlib.redirect_stderr(last_words):  # as the interpreter does with what nobody caught
+                sys.excepthook(*result.exc_info)
     finally:
         logging.getLogger().removeHandler(handler)
         set_up("text")
@@ -339,7 +355,7 @@ def run(
         out=folder / "out",
         private=folder / "private",
         stdout=result.stdout,
-        stderr=result.stderr,
+        stderr=result.stderr + last_words.getvalue(),
         log=said.getvalue(),
         exception=result.exception,
     )
@@ -381,16 +397,44 @@ def test_no_trace_is_in_the_output(planted: Planted, anonymized: Output):
 
 
 def test_no_trace_is_said(planted: Planted, anonymized: Output):
-    told = [line for line in anonymized.stdout.splitlines() if not line.startswith("quarantined: ")]
     verified = CliRunner().invoke(main, ["verify", str(anonymized.out), "--deep", "--json"])
-    said = "\n".join([*told, anonymized.stderr, anonymized.log, verified.output])
-    assert "left out" in said
-    assert found_in(anonymized.out / "logs", traces(planted), ("said", said.encode())) == {}
+    said = "\n".join([anonymized.log, verified.output])
+    assert found_in(anonymized.out / "logs", traces(planted), ("more", said.encode()), anonymized.said) == {}
+    assert f"quarantined: shard {undone(anonymized.out)}" in anonymized.stdout
+    assert "left out" in anonymized.stderr
     lines = [json.loads(line) for line in anonymized.stderr.splitlines()]
     keys = {row.key for path in anonymized.out.glob("*.parquet") for row in read_rows(path)}
     told = {one["key"] for one in lines if "key" in one}
     assert told
     assert told <= keys
+
+
+def test_what_is_said_leads_to_where_all_is_told(planted: Planted, anonymized: Output):
+    (place,) = set(re.findall(r"\S+/private/logs/\S+\.log", anonymized.stderr))
+    told = Path(place).read_text()
+    assert f"shard {undone(anonymized.out)} is {planted.manifest.parent}" in told
+    assert planted.marks["a shard that is not there"] in told
+
+
+def test_no_trace_is_said_in_text_or_in_the_report_either(planted: Planted, tiny_model: Path, tmp_path: Path):
+    """Nor by a manifest that is refused, whose own name stands in the command."""
+    output = run(tmp_path / "text", tiny_model, planted.manifest, *POLICY, log_format="text")
+    assert found_in(output.out, traces(planted), output.said) == {}
+    torn = tmp_path / f"{planted.marks['the manifest']}.yaml"
+    torn.write_text(planted.manifest.read_text().replace(".tar", ".rar"))
+    refused = run(tmp_path / "refused", tiny_model, torn, exit_code=2, log_format="text")
+    assert found_in(tmp_path / "nowhere", traces(planted), refused.said) == {}
+    assert not refused.out.exists()
+    (kept,) = (refused.private / "logs").iterdir()
+    assert planted.marks["shard 0"] in kept.read_text()
+    assert str(kept) in refused.stderr
+
+
+def test_no_machine_is_named_in_the_output(anonymized: Output):
+    names = {socket.gethostname(), Path("/proc/sys/kernel/random/boot_id").read_text().strip()}
+    wanted = {name.encode().lower(): name for name in names if len(name) >= 8}
+    assert wanted
+    assert found_in(anonymized.out, wanted) == {}
 
 
 def test_the_secret_is_not_in_the_output(anonymized: Output):
@@ -530,7 +574,7 @@ def test_no_trace_of_a_run_that_gives_up(planted: Planted, tiny_model: Path, tmp
     given_up = (*POLICY, "run.on_error.max_failed_samples=1")
     output = run(tmp_path, tiny_model, planted.manifest, *given_up, exit_code=1)
     assert "gave up" in output.stdout
-    assert found_in(output.out, traces(planted)) == {}
+    assert found_in(output.out, traces(planted), output.said) == {}
 
 
 def test_no_trace_of_an_unforeseen_error_in_a_sample(
@@ -544,7 +588,8 @@ def test_no_trace_of_an_unforeseen_error_in_a_sample(
     monkeypatch.setattr(Transform, "finish", finish)
     output = run(tmp_path, tiny_model, planted.manifest, *POLICY)
     assert "internal-error" in {row.reason for path in output.out.glob("*.parquet") for row in read_rows(path)}
-    assert found_in(output.out, traces(planted)) == {}
+    assert found_in(output.out, traces(planted), output.said) == {}
+    assert "finish" in output.stderr  # the place in the code
     assert kinds(found_in(output.private, traces(planted))) >= {"key", "exif"}
 
 
@@ -557,7 +602,9 @@ def test_no_trace_of_an_unforeseen_error_in_the_run(
     monkeypatch.setattr(driver, "publish_sheets", publish_sheets)
     output = run(tmp_path, tiny_model, planted.manifest, *POLICY, exit_code=1)
     assert isinstance(output.exception, RuntimeError)
-    assert found_in(output.out, traces(planted)) == {}
+    assert found_in(output.out, traces(planted), output.said) == {}
+    assert "publish_sheets" in output.stderr
+    assert "RuntimeError" in output.stderr
     assert kinds(found_in(output.private / "logs", traces(planted))) >= {"shard"}
 
 
@@ -581,7 +628,6 @@ def wait_for(process: subprocess.Popen[str], folder: Path, pattern: str, *, more
         time.sleep(0.01)
 
 
-@pytest.mark.alone
 def test_no_trace_of_a_run_that_is_killed_stopped_and_resumed(planted: Planted, tmp_path: Path):
     """Killed in a shard, with outputs in its journal; stopped in another; then finished."""
     wanted, out = traces(planted), tmp_path / "out"
@@ -602,13 +648,13 @@ def test_no_trace_of_a_run_that_is_killed_stopped_and_resumed(planted: Planted, 
     stopped.send_signal(signal.SIGTERM)
     said, _ = stopped.communicate()
     assert stopped.returncode in (75, 3), said
-    assert found_in(out, wanted) == {}
+    assert found_in(out, wanted, ("said", said.encode())) == {}
 
-    resumed = begun(words)
-    said, _ = resumed.communicate()
-    assert resumed.returncode == 3, said
+    resumed = CliRunner().invoke(main, words, env=CREDENTIALS)
+    set_up("text")
+    assert resumed.exit_code == 3, resumed.output
     assert len(list(out.glob("*.tar"))) == SHARDS
-    assert found_in(out, wanted) == {}
+    assert found_in(out, wanted, ("said", resumed.output.encode())) == {}
     assert verify(str(out), deep=True).shards == SHARDS
 
 
@@ -638,10 +684,9 @@ def test_no_signature_of_a_url_is_in_the_output(tmp_path: Path, tiny_model: Path
     wanted = {encoded.lower(): where for where, text in marks.items() for encoded in encodings(text.encode())}
     wanted |= {text.encode().lower(): where for where, text in CREDENTIALS.items()}
     paths = {"name of a shard on the web", "another"}
-    said = (output.stdout + output.stderr + output.log).encode()
     assert len(list(output.out.glob("*.tar"))) == 1
-    assert found_in(output.out, wanted).keys() <= (set() if purpose == "anonymize" else paths)
-    assert found_in(output.out, wanted, ("said", said)).keys() <= paths
+    assert found_in(output.out, wanted, output.said).keys() <= (set() if purpose == "anonymize" else paths)
+    assert found_in(output.out, wanted, ("log", output.log.encode())).keys() <= paths
     if purpose == "anonymize":
         assert found_in(output.private, wanted).keys() == paths
 

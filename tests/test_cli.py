@@ -128,7 +128,6 @@ def test_the_shipped_demo_anonymizes_and_augments(tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.alone
 @pytest.mark.parametrize(("address", "number"), [("inline", signal.SIGTERM), ("local", signal.SIGINT)])
 def test_a_signal_ends_at_a_batch_boundary_and_the_run_resumes(
     tmp_path: Path, pipeline: Path, address: str, number: signal.Signals

@@ -558,7 +558,10 @@ def test_whatever_determines_the_output_enters_the_digest(change):
 
 
 def test_every_recipe_field_is_in_the_canonical_form_or_known_to_be_left_out():
-    assert set(parse(AUGMENT).canonical()) == set(Recipe.model_fields) - {"name", "description", "run"}
+    named = set(Recipe.model_fields) - {"name", "description", "run"}
+    assert set(parse(AUGMENT).canonical()) == named - {"target"}
+    coded = AUGMENT | {"method": "edit-friendly", "target": {"label": 1}, "variants": 1}
+    assert set(parse(coded).canonical()) == named
 
 
 def test_the_canonical_form_parses_back_to_itself():
@@ -568,6 +571,7 @@ def test_the_canonical_form_parses_back_to_itself():
         ANONYMIZE,
         AUGMENT | {"grid": [0, 5, 9], "t": {"snr": 0.7}},
         AUGMENT | {"variants": 2, "t": [{"snr": {"uniform": [1, 2]}}, {"timestep": {"field": "t"}}]},
+        AUGMENT | {"method": "dpm-encoder", "target": {"field": "to.cls"}},
         AUGMENT | {"model": plugin, "images": {"sizes": [[64, 32], [32, 64]]}, "upscale": {"factor": 2}},
     ):
         recipe = parse(data)

@@ -151,6 +151,9 @@ def test_memorized_training_images_are_found():
     found = copies(outputs, sources, training=training).training
     assert found is not None
     assert found.swaps.hits == 50
+    usual = [brute(row, training, range(300))[0] for row in sources]
+    assert found.baseline == pytest.approx(np.array(usual))
+    assert found.threshold == pytest.approx(np.percentile(usual, 5))
     assert (found.closest[:50] < found.threshold).all()
     # The others are where their sources are, of which 5 % are nearer than the threshold.
     assert found.below.hits - 50 == pytest.approx(0.05 * 150, abs=6)

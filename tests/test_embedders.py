@@ -1,4 +1,4 @@
-"""Embedders: what each computes, what is refused, and docs/embedders.md's example installed and used."""
+"""Embedders and classifiers: what is computed, what is refused, and docs/embedders.md's examples at work."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ import torch
 from onnx import TensorProto, helper
 
 from boomerang_batch.errors import ConfigError, MeasureError
-from boomerang_batch.measures import embedders
-from boomerang_batch.measures.embedders import efficientnet, faces, load
-from boomerang_batch.measures.embedders.contract import BATCH, CheckedEmbedder
-from boomerang_batch.measures.embedders.installed import GROUP
+from boomerang_batch.measures import classifiers, embedders
+from boomerang_batch.measures.classifiers import CheckedClassifier
+from boomerang_batch.measures.embedders import GROUP, efficientnet, faces, load
+from boomerang_batch.measures.embedders.contract import CheckedEmbedder
 from boomerang_batch.measures.embedders.pixels import shrunk
+from boomerang_batch.measures.given import BATCH
 
 PAGE = (Path(__file__).parent.parent / "docs" / "embedders.md").read_text()
 DIGEST = hashlib.sha256(b"nothing").hexdigest()
@@ -324,19 +325,20 @@ def test_what_is_no_embedder_is_refused(change, message):
 # --- installed ones ---
 
 
-def example(language):
-    """The page's one code block in `language`."""
-    (block,) = re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+def example(language, group=GROUP):
+    """The page's one code block in `language` about embedders, or about classifiers."""
+    parts = dict(zip((GROUP, classifiers.GROUP), PAGE.split("## A classifier of your own"), strict=True))
+    (block,) = re.findall(rf"^```{language}\n(.*?)^```", parts[group], re.MULTILINE | re.DOTALL)
     return block
 
 
-def install(folder, name, version, entries):
+def install(folder, name, version, entries, group=GROUP):
     """What an installer leaves of a distribution: its metadata and its entry points."""
     info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
     lines = [f"{entry} = {value}" for entry, value in entries.items()]
-    (info / "entry_points.txt").write_text("\n".join([f"[{GROUP}]", *lines]) + "\n")
+    (info / "entry_points.txt").write_text("\n".join([f"[{group}]", *lines]) + "\n")
     importlib.invalidate_caches()
 
 
@@ -433,6 +435,85 @@ def test_a_factory_is_given_the_images(site):
     (site / "sizes_embedder.py").write_text(source)
     install(site, "sizes-embedder", "1.0", {"sizes": "sizes_embedder:load"})
     assert load("sizes", fit_on=pictures(5)).embed(pictures(2)).tolist() == [[5], [5]]
+
+
+# --- classifiers ---
+
+
+@pytest.fixture
+def classifier_package(site, tmp_path, monkeypatch):
+    """The documented classifier, installed, with a network that names the strongest colour."""
+    project = tomllib.loads(example("toml", classifiers.GROUP))["project"]
+    ((name, value),) = project["entry-points"][classifiers.GROUP].items()
+    (site / f"{value.split(':')[0]}.py").write_text(example("python", classifiers.GROUP))
+    install(site, project["name"], project["version"], {name: value}, classifiers.GROUP)
+    monkeypatch.setenv("ONNX_CLASSIFIER", str(mean_colours(tmp_path / "colours.onnx")))
+    return name
+
+
+def test_the_documented_classifier_works_as_documented(classifier_package):
+    images = pictures(40)
+    made = classifiers.load(classifier_package)
+    assert made.classify(images) == [str(one) for one in images.mean(axis=(1, 2)).argmax(axis=1)]
+    assert made.name == classifier_package
+    assert made.digest != made.made.digest
+    assert made.licence == "MIT"
+
+
+def test_an_unknown_classifier_lists_what_there_is(classifier_package):
+    with pytest.raises(
+        ConfigError, match=rf"--classifier nobody: .*{classifiers.GROUP}; .* {classifier_package}\."
+    ):
+        classifiers.load("nobody")
+
+
+@dataclass
+class Labels:
+    """A classifier that gives what it was told."""
+
+    classify: Any
+    name: str = "given"
+    digest: str = DIGEST
+    licence: str = "MIT"
+
+
+@pytest.mark.parametrize(
+    "answer", [[3, "cat", np.int64(5)], ("3", "cat", "5"), np.array([3, 4, 5]), np.array(["3", "cat", "5"])]
+)
+def test_labels_are_texts(answer):
+    found = CheckedClassifier(Labels(lambda images: answer)).classify(pictures(3))
+    assert found == [str(one) for one in answer]
+    assert {type(one) for one in found} == {str}
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ([1, 2], "gave 2 labels for 3 images"),
+        ("123", "gave str for 3 images"),
+        (None, "gave NoneType"),
+        (torch.ones(3), "gave Tensor"),
+        (np.int64(3), "gave int64"),
+        (np.array([1.0, 2.0, 3.0]), r"gave 1\.0 for a label"),
+        (np.ones((3, 2), int), r"gave \[1, 1\] for a label"),
+        ([1, True, 2], "gave True for a label"),
+        ([1, None, 2], "gave None for a label"),
+    ],
+)
+def test_labels_that_are_none_are_refused(answer, message):
+    with pytest.raises(MeasureError, match=f"classifier given {message}"):
+        CheckedClassifier(Labels(lambda images: answer)).classify(pictures(3))
+
+
+def test_a_classifier_gets_batches_and_fails_in_one_line():
+    asked = []
+    checked = CheckedClassifier(Labels(lambda images: asked.append(len(images)) or [0] * len(images)))
+    assert len(checked.classify(pictures(BATCH + 1))) == sum(asked) == BATCH + 1
+    assert asked == [BATCH, 1]
+    with pytest.raises(MeasureError, match=r"classifier given failed on images of shape .*ZeroDivisionError"):
+        CheckedClassifier(Labels(lambda images: 1 / 0)).classify(pictures(3))
+    with pytest.raises(ConfigError, match="classifier given: it has no method classify"):
+        CheckedClassifier(Labels(None))
 
 
 # --- the page ---

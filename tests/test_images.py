@@ -489,6 +489,18 @@ def test_contact_sheets_show_every_picture_and_are_the_same_every_time():
     assert images.contact_sheet([])
 
 
+def test_heads_stand_above_the_columns_of_a_contact_sheet():
+    plain, headed, other = (
+        np.asarray(Image.open(io.BytesIO(images.contact_sheet([[COLOUR, COLOUR]], heads=heads))))
+        for heads in ((), ("source", "t 0.4"), ("source", "t 0.5"))
+    )
+    above = len(headed) - len(plain)
+    assert (headed[above:] == plain).all()
+    assert all((headed[:above, half] < 128).any() for half in (slice(0, 102), slice(102, 204)))
+    assert (headed[:, :102] == other[:, :102]).all()
+    assert (headed[:above, 102:] != other[:above, 102:]).any()
+
+
 @pytest.mark.parametrize("size", [(1, 1), (28, 28), (96, 50), (97, 96), (300, 7), (640, 480)])
 def test_a_picture_fitted_before_gives_the_same_sheet(size):
     pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)

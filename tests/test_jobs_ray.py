@@ -29,7 +29,7 @@ from boomerang_batch.run.jobs.request import JobRequest
 from boomerang_batch.run.verify import verify
 from tests import worlds
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = pytest.mark.slow
 
 BIN = Path(sys.executable).parent
 VARIABLES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")

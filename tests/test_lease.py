@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -58,6 +59,24 @@ def test_a_second_run_is_told_who_is_at_work_and_since_when(out):
     assert "since 20" in str(caught.value)
     with hold(out) as holding:
         assert holding.epoch == 2
+
+
+def told_of(out: str) -> list[dict]:
+    """What the epochs in OUT say, in order."""
+    folder = storage.join(out, "logs", "lease")
+    names = [name for name in storage.list_names(folder) if name.startswith("epoch-")]
+    return [json.loads(storage.read_bytes(storage.join(folder, name))) for name in sorted(names)]
+
+
+def test_who_has_let_go_is_not_named_any_more(out):
+    with hold(out):
+        assert told_of(out)[0]["process"] == os.getpid()
+        assert told_of(out)[0]["host"] == socket.gethostname()
+    (left,) = told_of(out)
+    assert {name: value for name, value in left.items() if value} == {
+        "token": left["token"],
+        "since": left["since"],
+    }
 
 
 def test_a_second_run_waits_for_the_first_ones_end_if_asked_to(out):
@@ -140,6 +159,7 @@ def test_one_that_died_on_this_machine_is_taken_over_at_once(tmp_path, monkeypat
         with hold(str(tmp_path)) as holding:
             assert holding.epoch == 2
             assert holding.taken_over_at is not None
+            assert [one["process"] for one in told_of(str(tmp_path))] == [0, os.getpid()]
 
 
 def test_a_process_number_that_is_used_again_is_not_taken_for_the_holder(tmp_path, monkeypatch):
@@ -188,6 +208,28 @@ def test_one_that_lives_goes_on(tmp_path):
             pass
         told, _ = process.communicate("\n", timeout=20)
         assert told == "still mine\n"
+
+
+def test_who_looks_while_another_takes_over_is_not_kept_waiting(tmp_path, monkeypatch):
+    """It finds an epoch whose holder is forgotten and never let go, and then the one that came after."""
+    monkeypatch.setattr(lease, "STALE_AFTER_S", 3600)
+    with another(str(tmp_path)) as process:
+        process.kill()
+        process.wait()
+        real, taken = lease._holder, []
+
+        def holder(out: str, epoch: int) -> lease.Holder:
+            if not taken:
+                taken.append(hold(out))
+                with monkeypatch.context() as patch:
+                    patch.setattr(lease, "_holder", real)
+                    taken[0].__enter__()
+            return real(out, epoch)
+
+        monkeypatch.setattr(lease, "_holder", holder)
+        with pytest.raises(LeaseError, match="is at work"), hold(str(tmp_path)):
+            pass
+        taken[0].__exit__(None, None, None)
 
 
 def test_uploads_of_an_ousted_holder_are_waited_for(monkeypatch):

@@ -229,7 +229,7 @@ def test_under_anonymize_shard_and_key_are_those_of_the_output(tmp_path: Path, t
     assert len(failed) == 4
     stems = json.loads((tmp_path / "out" / "run.json").read_text())["shards"]
     assert {one["shard"] for one in lines if "shard" in one} == set(stems)
-    for name in ("torn-image", "odd-label", "no number", "s-00", str(tmp_path)):
+    for name in ("torn-image", "odd-label", "no number", "s-00", str(tmp_path / "in")):
         assert name not in result.stderr
 
 
@@ -268,15 +268,20 @@ def test_what_is_logged_on_the_way_has_shard_and_key_where_they_may_stand(
 
 
 @pytest.mark.slow
-@pytest.mark.alone
-def test_a_worker_of_ray_writes_the_same_lines(tmp_path: Path, tiny_model: Path):
+def test_a_worker_of_ray_writes_the_same_lines_and_no_log_names_an_input(tmp_path: Path, tiny_model: Path):
+    """Everything that Ray keeps on its machines is searched, its own logs too."""
     # Sockets lie in it, and a socket's path is short.
     temporary = Path(tempfile.mkdtemp(prefix="bb", dir="/tmp"))
     pipeline = tmp_path / "tiny.yaml"
-    pipeline.write_text(worlds.recipe_text(tiny_model, purpose="augment"))
-    manifest = worlds.save_samples(tmp_path / "in", {"torn-image": {"png": b"no image", "cls": b"1"}})
+    pipeline.write_text(worlds.recipe_text(tiny_model))
+    worlds.save_samples(tmp_path / "in", {"torn-image": {"png": b"no image", "cls": b"1"}})
+    (tmp_path / "in" / "s-000.tar").rename(tmp_path / "in" / "a-marked-shard.tar")
+    manifest = tmp_path / "in" / "manifest.yaml"
+    manifest.write_text("format_version: 1\nname: n\nshards: [a-marked-shard.tar, another-that-is-gone.tar]\n")
+    private = tmp_path / "private"
     command = [sys.executable, "-m", "boomerang_batch", "run", pipeline, manifest, tmp_path / "out"]
     command += ["--address", "local", "--device", "cpu", "--threads", "1", "--log-format", "json"]
+    command += ["--private-dir", private]
     try:
         done = subprocess.run(
             command,
@@ -287,13 +292,20 @@ def test_a_worker_of_ray_writes_the_same_lines(tmp_path: Path, tiny_model: Path)
         )
         assert done.returncode == 3, done.stderr
         logs = [path.read_text() for path in temporary.rglob("session_2*/logs/worker-*.err")]
+        kept = [path.read_bytes() for path in temporary.rglob("session_2*/logs/*") if path.is_file()]
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     driver, workers = [
         [json.loads(line) for text in texts for line in text.splitlines() if line.startswith("{")]
         for texts in ([done.stderr], logs)
     ]
-    assert [(one["shard"], one["counts"]) for one in driver if "shard" in one] == [("s-000", {"failed": 1})]
-    assert [(one["shard"], one["key"], one["reason"]) for one in workers] == [
-        ("s-000", "torn-image", "undecodable")
-    ]
+    (row,) = worlds.rows(tmp_path / "out")
+    (stem,) = [path.stem for path in (tmp_path / "out").glob("*.tar")]
+    told = {one["shard"]: (one["status"], one["counts"]) for one in driver if "shard" in one}
+    assert told.pop(stem) == ("done", {"failed": 1})
+    assert [*told.values()] == [("quarantined", {})]
+    assert [(one["shard"], one["key"], one["reason"]) for one in workers] == [(stem, row.key, "undecodable")]
+    names = ("torn-image", "a-marked-shard", "another-that-is-gone", "no image")
+    everything = b"\n".join([done.stdout.encode(), done.stderr.encode(), *kept])
+    assert [name for name in names if name.encode() in everything] == []
+    assert "another-that-is-gone" in "".join(path.read_text() for path in (private / "logs").glob("*.log"))

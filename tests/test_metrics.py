@@ -89,17 +89,16 @@ def test_a_runners_totals_are_what_it_did(tmp_path, tiny_model):
 
 
 @pytest.mark.slow
-@pytest.mark.alone
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a_scrape_finds_them(tmp_path, tiny_model):
     """What Prometheus would read from the node, while a worker of the run is still there."""
-    manifest = worlds.save_shards(tmp_path / "in", shards=12, samples=30)
+    manifest = worlds.save_shards(tmp_path / "in", shards=12, samples=10)
     environment = {"RAY_AUTH_MODE": "disabled"}
     before = {name: os.environ.get(name) for name in environment}
     os.environ |= environment
     context = ray.init(
         address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error",
-        configure_logging=False,
+        configure_logging=False, _system_config={"metrics_report_interval_ms": 500},
     )  # fmt: skip
     try:
         (node,) = ray.nodes()

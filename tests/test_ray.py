@@ -31,7 +31,7 @@ from boomerang_batch.run.verify import verify
 from boomerang_batch.run.worker import Worker
 from tests import worlds
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.filterwarnings("ignore::FutureWarning")]
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning")]
 
 WorkerClass = Worker.__ray_metadata__.modified_class
 LONG = os.environ.get("BOOMERANG_CHAOS") == "long"
@@ -144,7 +144,7 @@ def test_a_poisoned_shard_is_quarantined_and_its_neighbours_are_not(
     manifest = load_manifest(str(worlds.save_shards(tmp_path / "in", shards=5, samples=4)))
     recipe = worlds.recipe(tiny_model, purpose="augment")
     out = tmp_path / "out"
-    reports = run_pool(out, recipe, manifest, workers=2, worker=actor(Poisoned), max_attempts=2)
+    reports = run_pool(out, recipe, manifest, workers=1, worker=actor(Poisoned), max_attempts=2)
     assert {name for name, report in reports.items() if report.status == "quarantined"} == {"s-002"}
     assert "after 2 attempts" in reports["s-002"].reason
     assert sorted(path.name for path in out.glob("*_stats.json")) == [
@@ -169,7 +169,7 @@ def test_waiting_for_gpus_is_told_and_ends_with_the_start_timeout(
     other = Other.remote()
     assert ray.get(other.there.remote())
     manifest = load_manifest(str(worlds.save_shards(tmp_path / "in", shards=2, samples=2)))
-    recipe = worlds.recipe(tiny_model, "run.start_timeout_s=4", purpose="augment")
+    recipe = worlds.recipe(tiny_model, "run.start_timeout_s=3", purpose="augment")
     standing = "0 of 3 workers have started; the cluster has 2 GPUs, 0 of them free"
     monkeypatch.setattr(crew, "_TELL_AFTER_S", 1.0)
     with pytest.raises(StoppedError, match=standing):
@@ -177,9 +177,9 @@ def test_waiting_for_gpus_is_told_and_ends_with_the_start_timeout(
     assert caplog.text.count(f"waiting for GPUs: {standing}") == 1
 
     # Who waits gets the GPUs as soon as there are any.
-    threading.Timer(4.0, ray.kill, [other]).start()
+    threading.Timer(2.0, ray.kill, [other]).start()
     recipe = worlds.recipe(tiny_model, purpose="augment")
-    reports = run_pool(tmp_path / "later", recipe, manifest, workers=2, worker=Worker)
+    reports = run_pool(tmp_path / "later", recipe, manifest, workers=1, worker=Worker)
     assert [report.status for report in reports.values()] == ["done"] * 2
 
 
@@ -199,12 +199,18 @@ def test_a_worker_that_hangs_while_it_loads_is_replaced(
             time.sleep(600)
 
     class Hanging(WorkerClass):
-        """The real worker, but the first of them hangs while it loads."""
+        """The real worker, but the first of them hangs while it loads, and its clock runs ahead."""
 
         def load(self):
             if not hung.exists():
                 self._spec = Away()
             return super().load()
+
+        @ray.method(concurrency_group="ctl")
+        def state(self):
+            state = super().state()
+            ahead_s = 28.0 if state.loading_s and isinstance(self._spec, Away) else 0.0
+            return dataclasses.replace(state, loading_s=state.loading_s + ahead_s)
 
     manifest = load_manifest(str(worlds.save_shards(tmp_path / "in", shards=2, samples=2)))
     recipe = worlds.recipe(tiny_model, "run.load_deadline_s=30", purpose="augment")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Collection
 from pathlib import Path
 
 import pytest
 
-from boomerang_batch.errors import RunMismatchError
+from boomerang_batch.config.pipeline import parse_recipe
+from boomerang_batch.errors import RecipeError, RunMismatchError
 from boomerang_batch.run.record import RunRecord, open_record, read_record
+from boomerang_batch.run.request import refuse_secrets
 
 FILES = {"a": "1", "b": "2", "c": "3"}
 
@@ -121,3 +124,45 @@ def test_an_accepted_stack_is_remembered_once(tmp_path: Path):
     assert merged.accepted_stacks == (other,)
     open_again(tmp_path, record(stack=other))  # known by now
     open_again(tmp_path, dataclasses.replace(record(), accepted_stacks=()))
+
+
+def with_options(purpose: str, **options: object):
+    """A recipe of an installed model that is given `options`."""
+    seed = "" if purpose == "anonymize" else "seed: 7"
+    text = f"""
+name: tiny
+purpose: {purpose}
+{seed}
+model: {{source: "entry-point:mine", options: {json.dumps(options)}}}
+t: {{fraction: 0.5}}
+steps: 6
+"""
+    return parse_recipe(text, source="test recipe")
+
+
+@pytest.mark.parametrize(
+    ("options", "refused"),
+    [
+        ({"hf_token": "abc"}, {"augment", "anonymize"}),
+        ({"API-KEY": "abc"}, {"augment", "anonymize"}),
+        ({"password": "abc"}, {"augment", "anonymize"}),
+        ({"endpoint": "https://user:abc@host/x"}, {"augment", "anonymize"}),
+        ({"weights": "https://host/x?sig=abc"}, {"augment", "anonymize"}),
+        ({"note": "it is in-the-environment"}, {"augment", "anonymize"}),
+        ({"path": "/models/edm.onnx"}, {"anonymize"}),
+        ({"path": "~/edm.onnx"}, {"anonymize"}),
+        ({"path": "edm.onnx", "weights": "s3://bucket/x", "url": "https://host/x"}, set()),
+        ({"token_file": "token.txt", "key": "sigma", "tokens": 77, "tokenizer": "clip", "token": 5}, set()),
+        ({"token": "", "password": False}, set()),
+    ],
+)
+def test_options_that_must_not_stand_in_run_json_are_refused(options, refused, monkeypatch):
+    monkeypatch.setenv("MY_SECRET", "in-the-environment")
+    for purpose in ("augment", "anonymize"):
+        recipe = with_options(purpose, **options)
+        if purpose not in refused:
+            refuse_secrets(recipe)
+            continue
+        with pytest.raises(RecipeError, match=f"model.options.{next(iter(options))}") as caught:
+            refuse_secrets(recipe)
+        assert not any(value in str(caught.value) for value in options.values())

@@ -234,7 +234,6 @@ def race(folder, racer, start, wins):
 
 
 @pytest.mark.slow
-@pytest.mark.alone
 def test_a_race_of_processes_has_one_winner_in_each_round(tmp_path):
     spawn = multiprocessing.get_context("spawn")
     start, wins = spawn.Barrier(RACERS), spawn.Queue()

@@ -8,23 +8,28 @@ and the noise ceiling: what the forward jump alone, before any network, lets thr
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from boomerang_batch.audit import compare, controls, readings
-from boomerang_batch.audit.findings import ALL, OUTPUTS, Bound, Embedding, Findings, Promise, Reading
+from boomerang_batch.audit.bounding import bound, noise_of
+from boomerang_batch.audit.classify import given_agreement
+from boomerang_batch.audit.findings import ALL, OUTPUTS, Embedding, Findings, Reading
 from boomerang_batch.audit.gates import judge
+from boomerang_batch.audit.others import Others, read_others
 from boomerang_batch.audit.pairs import Pairing, gather
 from boomerang_batch.audit.recorded import open_rig
 from boomerang_batch.audit.records import Records
-from boomerang_batch.config.accounting import account, mu
 from boomerang_batch.config.blocks import Gates
 from boomerang_batch.data.manifest import Manifest
-from boomerang_batch.errors import MeasureError
-from boomerang_batch.measures import bound as bounds
+from boomerang_batch.errors import ConfigError, MeasureError
+from boomerang_batch.measures import classifiers as given
 from boomerang_batch.measures import embedders as known
 from boomerang_batch.measures.ceiling import exceeds
 from boomerang_batch.measures.intervals import Rate
@@ -33,8 +38,6 @@ from boomerang_batch.run.record import require_record
 from boomerang_batch.run.scratch import scratch_folder
 from boomerang_batch.run.trial import own_secret
 
-DP_DELTA = 1e-5
-"""At which the bound's epsilon is told."""
 _FITTED_ON = 2000
 
 
@@ -46,11 +49,17 @@ class AuditRequest:
     manifest: Manifest
     private_dir: str | None = None
     embedders: tuple[str, ...]
+    classifiers: tuple[str, ...] = ()
+    """To tell labels by, beside those that are trained."""
     samples: int
-    """Outputs that are looked at."""
+    """Outputs that are looked at, and images of the training set and the hold-out, of each at most as many."""
     redraws: int
-    """Of these, how many are drawn anew for the controls that need the model; 0: none."""
+    """Of the outputs, how many are drawn anew for the controls that need the model; 0: none."""
     gates: Gates
+    training: Manifest | None = None
+    """The model's own training images, to look for copies of."""
+    holdout: Manifest | None = None
+    """Real images that were no sources, by which to tell what is near."""
     model: str | None = None
     """Where the model's folder lies, if run.json does not tell."""
     device: str = "auto"
@@ -62,13 +71,17 @@ def audit(request: AuditRequest) -> Findings:
     record = require_record(request.out)
     pairing = Pairing(request.out, record, request.manifest, private_dir=request.private_dir)
     recipe = pairing.recipe
+    classifiers = _classifiers(request)
     with scratch_folder() as folder:
         records = gather(pairing, samples=request.samples, folder=folder)
+        others, left_out = _others(request, pairing, records, folder)
         embedders = [known.load(name, fit_on=records.sources[:_FITTED_ON]) for name in request.embedders]
         seen = [compare.Seen.by(embedder, records) for embedder in embedders]
-        found, warnings = _compared(records, seen)
+        found, missing = _compared(records, seen, others)
+        for classifier in classifiers:
+            found += given_agreement(classifier, records)
         space = controls.Space()
-        if request.redraws:
+        if request.redraws and recipe.method == "boomerang":  # the noise of codes is drawn from the source
             places = _whole_groups(records, request.redraws)
             with open_rig(
                 record, recipe, model=request.model, device=request.device, threads=request.threads
@@ -77,7 +90,7 @@ def audit(request: AuditRequest) -> Findings:
                 found += controls.redrawn(rig, pairing, records, places, embedders, secret=secret)
                 space = controls.model_space(rig, pairing, records, places, folder)
         found += readings.ceiling(space.ceilings[readings.NEAREST]) if space.ceilings else []
-        bound = _bound(pairing, records, space)
+        noise = noise_of(recipe, records.rows)
         findings = Findings(
             name=record.name,
             purpose=recipe.purpose,
@@ -86,27 +99,62 @@ def audit(request: AuditRequest) -> Findings:
             noise_key_id=record.noise_key_id,
             audited=len(records.rows),
             outputs=Looks(request.out).look().rows.get("ok", 0),
-            embeddings=tuple(
-                Embedding(name=one.name, digest=one.digest, licence=one.licence) for one in embedders
-            ),
+            embeddings=_introduced(embedders),
+            classifiers=_introduced(classifiers),
+            training=0 if others.training is None else len(others.training),
+            holdout=0 if others.holdout is None else len(others.holdout),
             readings=tuple(found),
-            bound=bound,
+            bound=bound(recipe, noise, latent=space.latent, deltas=space.deltas),
             worst=tuple(compare.worst(records, seen)),
-            warnings=(*warnings, *_warnings(request, pairing, records, space, found)),
+            warnings=(*left_out, *missing, *_warnings(request, pairing, records, space, found)),
         )
     return dataclasses.replace(findings, gates=judge(findings, request.gates))
 
 
-def _compared(records: Records, seen: Sequence[compare.Seen]) -> tuple[list[Reading], list[str]]:
-    """Everything that outputs and sources alone tell, and what could not be told."""
+def _classifiers(request: AuditRequest) -> list[given.Classifier]:
+    """Those that were given. Raises ConfigError where one can't be loaded, or told from an embedder."""
+    for name in request.classifiers:
+        if name in request.embedders:
+            raise ConfigError(
+                f"--classifier {name}: it has the name of an embedder that is asked for, whose own classifier "
+                "goes by it; leave one of the two out, or register it under another name"
+            )
+    return [given.load(name) for name in request.classifiers]
+
+
+def _introduced(made: Sequence[known.Embedder | given.Classifier]) -> tuple[Embedding, ...]:
+    return tuple(Embedding(name=one.name, digest=one.digest, licence=one.licence) for one in made)
+
+
+def _others(
+    request: AuditRequest, pairing: Pairing, records: Records, folder: Path
+) -> tuple[Others, list[str]]:
+    """The real images that were given beside the sources, and what of them was left out."""
+    read = functools.partial(
+        read_others, recipe=pairing.recipe, records=records, samples=request.samples, folder=folder
+    )
+    found: dict[str, NDArray[np.uint8]] = {}
+    left_out: list[str] = []
+    for name, manifest in (("training", request.training), ("holdout", request.holdout)):
+        if manifest is not None:
+            found[name], words = read(manifest, f"--{name}")
+            left_out += words
+    return Others(**found), left_out
+
+
+def _compared(
+    records: Records, seen: Sequence[compare.Seen], others: Others
+) -> tuple[list[Reading], list[str]]:
+    """Everything that outputs and other images alone tell, and what could not be told."""
     found, missing = [*compare.pictures(records)], []
+    copied = functools.partial(compare.copied, others=others)
     for one in seen:
         found += compare.links(records, one)
-        for part in (compare.learned_links, compare.copied, compare.kept):
+        for part in (compare.learned_links, copied, compare.kept):
             try:
                 found += part(records, one)
             except MeasureError as error:
-                missing.append(str(error))
+                missing.append(f"in the features {one.embedder.name}: {error}")
     return found, missing
 
 
@@ -114,40 +162,6 @@ def _whole_groups(records: Records, wanted: int) -> list[int]:
     """Records to be drawn anew, group by group, so that candidates stay together; the last group is cut."""
     order = np.argsort(records.groups, kind="stable")
     return [int(place) for place in order[:wanted]]
-
-
-def _bound(pairing: Pairing, records: Records, space: controls.Space) -> Bound:
-    """What may be promised of these records, with their own noise."""
-    accounting = account(pairing.recipe, latent=space.latent)
-    sigmas: dict[int, float] = {}
-    for row in records.rows:
-        if row.sigma is not None:
-            variant = pairing.recipe.variant_of(row.variant)
-            sigmas[variant] = min(row.sigma, sigmas.get(variant, math.inf))
-    # Of a variant that is not in the sample the noise is not known, and it counts.
-    noise = tuple(sigmas.values()) if len(sigmas) == accounting.observations else ()
-    return Bound(
-        reasons=accounting.reasons,
-        within=accounting.within,
-        notes=accounting.notes,
-        observations=accounting.observations,
-        sigmas=noise,
-        dp_delta=DP_DELTA,
-        promises=tuple(_promises(space, noise)) if accounting.certified and noise else (),
-    )
-
-
-def _promises(space: controls.Space, noise: Sequence[float]) -> Iterator[Promise]:
-    for distance, delta in space.deltas.items():
-        if math.isfinite(delta):
-            together = mu(delta, noise)
-            yield Promise(
-                distance=distance,
-                delta=delta,
-                mu=together,
-                accuracy=bounds.two_candidate_accuracy(together),
-                epsilon=bounds.epsilon(together, DP_DELTA),
-            )
 
 
 def _warnings(
@@ -160,8 +174,11 @@ def _warnings(
             f"sampler.eta is {recipe.sampler.eta:g}: below 1 the way back adds little noise, or none, "
             "so x_t can be computed from the output and attacks come up to the bound; anonymize with eta 1"
         )
-    if not request.redraws:
-        yield "nothing was drawn anew: no controls at t = 0 and t = T, no noise ceiling, no re-run attack"
+    if not request.redraws or recipe.method != "boomerang":
+        why = "" if recipe.method == "boomerang" else f", which method {recipe.method} can't be asked for"
+        yield (
+            f"nothing was drawn anew{why}: no controls at t = 0 and t = T, no noise ceiling, no re-run attack"
+        )
     if space.missing:
         yield space.missing
     sizes = np.bincount(records.groups)

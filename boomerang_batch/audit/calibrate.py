@@ -3,35 +3,38 @@
 A target names a measure and a limit: `rank1<=.05`. It is reached where the bad end of the 95 % interval keeps
 the limit, over every attacker and embedder. But for chance privacy only grows with t and use only falls, so t
 is found by halving: the least that is private enough, or the most that is useful enough. The sample that was
-searched on flatters the t found on it: the check is made on samples that no search has seen.
+searched on flatters the t found on it: the check is made on samples that no search has seen. A certified target
+could be found without drawing, but goes the same way, for what it costs in use only drawing tells.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
+from boomerang_batch.audit.bounding import CERTIFIED, LARGEST, uncertified
 from boomerang_batch.audit.findings import ALL, OUTPUTS, Reading
 from boomerang_batch.audit.readings import LABEL_AGREEMENT, RANK, TAR
-from boomerang_batch.audit.sweep import FORMAT_VERSION, Level, level
-from boomerang_batch.audit.tried import tried
+from boomerang_batch.audit.sweep import FORMAT_VERSION, plain
+from boomerang_batch.audit.tried import DISTANCE, Level, Trials
 from boomerang_batch.config.pipeline import Recipe
 from boomerang_batch.errors import ConfigError, MeasureError
-from boomerang_batch.measures import embedders as known
-from boomerang_batch.measures.embedders import Embedder
 from boomerang_batch.run.trial import Chosen, Rig, at_t
 
+_RISES = "distance"
+"""The one measure that more noise makes larger."""
 _MEASURES = {
     "rank1": RANK.format(1),
     "tar": TAR.format(0.01),
+    **{name: name for name in CERTIFIED.values()},
+    _RISES: DISTANCE,
     "label-agreement": LABEL_AGREEMENT,
     "psnr": "median-psnr-db",
     "ssim": "median-ssim",
 }
-_TARGET = re.compile(r"\s*([a-z0-9-]+)\s*(<=|>=)\s*([0-9.]+)\s*")
+_TARGET = re.compile(r"\s*([a-z0-9@-]+)\s*(<=|>=)\s*([0-9.]+)\s*")
 STEPS = 20
 """Into how many steps the whole of t is cut: t is found to one of these."""
 
@@ -58,6 +61,11 @@ class Target:
         except ValueError as error:
             raise ConfigError(f"--target {text}: {match[3]} is no number") from error
         return Target(name=match[1], at_most=match[2] == "<=", limit=limit)
+
+    @property
+    def least(self) -> bool:
+        """Whether it is reached from some t on, and not up to some t."""
+        return self.at_most != (self.name == _RISES)
 
     def readings(self, found: Level) -> list[Reading]:
         """Those it is about. Raises MeasureError where there is none."""
@@ -105,13 +113,14 @@ class Calibration:
     def told(self, level: Level) -> str:
         """What the target's measure is at one t, in words, the worst reading of all."""
         worst = max(self.target.readings(level), key=self.target.badness)
-        low, high = (f"{end:.3g}" if end is not None else "?" for end in (worst.low, worst.high))
-        chance = "" if worst.chance is None else f", by chance {worst.chance:.3g}"
-        return f"{worst.name} {worst.value:.3g} ({low} to {high}{chance})"
+        known = worst.low is not None and worst.high is not None
+        beside = [f"{worst.low:.3g} to {worst.high:.3g}"] if known else []
+        beside += [] if worst.chance is None else [f"by chance {worst.chance:.3g}"]
+        return f"{worst.name} {worst.value:.3g}" + (f" ({', '.join(beside)})" if beside else "")
 
     def facts(self) -> dict[str, object]:
         """Everything, as JSON has it."""
-        return {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        return {"format_version": FORMAT_VERSION, **plain(asdict(self))}
 
 
 def calibrate(
@@ -123,23 +132,20 @@ def calibrate(
     *,
     embedders: Sequence[str],
 ) -> Calibration:
-    """Find t on the samples of `search` and check it on those of `check`. Raises MeasureError where too few."""
-    ready: list[Embedder] = []
+    """Find t on the samples of `search` and check it on those of `check`.
 
-    def at(step: int, samples: Sequence[Chosen]) -> Level:
-        nonlocal ready
-        records = tried(rig, at_t(recipe, "fraction", step / STEPS), samples)
-        ready = ready or [known.load(name, fit_on=records.sources) for name in embedders]
-        return level(f"fraction={step / STEPS:g}", records, ready)
-
+    Raises MeasureError where there are too few, ConfigError for a bound that this recipe has not.
+    """
+    _require_bound(rig, recipe, target)
+    trials = Trials(rig, recipe, embedders=embedders)
     tried_at: dict[int, Level] = {}
 
     def reached(step: int) -> bool:
-        tried_at[step] = at(step, search)
+        _, tried_at[step] = trials.at("fraction", step / STEPS, search)
         return target.reached(tried_at[step])
 
-    found, beside = _halve(reached, at_most=target.at_most)
-    checked = None if found is None else at(found, check)
+    found, beside = _halve(reached, least=target.least)
+    checked = None if found is None else trials.at("fraction", found / STEPS, check)[1]
     return Calibration(
         target=target,
         t=None if found is None else found / STEPS,
@@ -150,12 +156,26 @@ def calibrate(
     )
 
 
-def _halve(reached: Callable[[int], bool], *, at_most: bool) -> tuple[int | None, int | None]:
+def _require_bound(rig: Rig, recipe: Recipe, target: Target) -> None:
+    """Raises ConfigError for a certified target where nothing is certified, saying why."""
+    if target.name not in CERTIFIED.values():
+        return
+    latent = rig.model.latent
+    reasons = uncertified(at_t(recipe, "fraction", 1), latent=latent)
+    if not reasons and latent and target.name == CERTIFIED[LARGEST]:
+        reasons = ("latents have no largest distance; take the median",)
+    if reasons:
+        raise ConfigError(
+            f"--target {target.name}: there is no such bound for this recipe: {'; '.join(reasons)}"
+        )
+
+
+def _halve(reached: Callable[[int], bool], *, least: bool) -> tuple[int | None, int | None]:
     """The step that reaches the target and is nearest to one that misses it, and that one.
 
-    All measures fall as t grows, so a limit from above is reached from some step on, one from below up to some.
+    Reached it is from some step on, of which the least is sought, or up to some step, of which the last.
     """
-    good, bad = (STEPS, 1) if at_most else (1, STEPS)
+    good, bad = (STEPS, 1) if least else (1, STEPS)
     if not reached(good):
         return None, good
     if reached(bad):

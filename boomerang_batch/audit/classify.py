@@ -1,8 +1,8 @@
-"""Do outputs keep their labels? Asked of a classifier that was trained on other sources.
+"""Do outputs keep their labels? Asked of a classifier that was trained on other sources, and of those given.
 
-A ridge classifier on an embedder's features: one linear score per class, its strength by generalized
-cross-validation (Golub, Heath and Wahba 1979). Better ones exist, so its accuracy on sources that it has not
-seen stands beside: that is what agreement is to be compared with.
+The trained one is a ridge classifier on an embedder's features: one linear score per class, its strength by
+generalized cross-validation (Golub, Heath and Wahba 1979). Better ones exist, and may be given. What each makes
+of sources stands beside: that is what agreement is to be compared with. A given one may have seen these.
 """
 
 from __future__ import annotations
@@ -13,17 +13,19 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from boomerang_batch.audit.findings import ALL, Reading
+from boomerang_batch.audit.findings import OUTPUTS, Reading
 from boomerang_batch.audit.readings import LABEL_AGREEMENT, rate_of
-from boomerang_batch.audit.records import NO_LABEL
+from boomerang_batch.audit.records import LABEL_FIELD, NO_LABEL, Records
+from boomerang_batch.errors import MeasureError
 from boomerang_batch.measures.attackers import training_half
+from boomerang_batch.measures.classifiers import Classifier
 
 _STRENGTHS = np.logspace(-6, 2, 9)
 _LEAST = 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Classifier:
+class Ridge:
     """What was learned."""
 
     classes: NDArray[np.int64]
@@ -39,7 +41,7 @@ class Classifier:
         return best
 
 
-def learn_labels(features: NDArray[np.float32], labels: NDArray[np.int64]) -> Classifier:
+def learn_labels(features: NDArray[np.float32], labels: NDArray[np.int64]) -> Ridge:
     """A classifier from features (n, d) with labels (n,)."""
     classes = np.unique(labels)
     wanted = (labels[:, None] == classes).astype(np.float64)
@@ -57,7 +59,7 @@ def learn_labels(features: NDArray[np.float32], labels: NDArray[np.int64]) -> Cl
     strengths = _STRENGTHS * (values[:1] ** 2).sum()
     strength = min(strengths, key=score)
     weights = right.T @ ((values / (values**2 + strength))[:, None] * target)
-    return Classifier(classes=classes, centre=centre, weights=weights, offsets=offsets)
+    return Ridge(classes=classes, centre=centre, weights=weights, offsets=offsets)
 
 
 def label_agreement(
@@ -78,10 +80,38 @@ def label_agreement(
     if min(learned.sum(), asked.sum()) < _LEAST or len(np.unique(labels[learned])) < 2:
         return
     classifier = learn_labels(sources[learned], labels[learned])
-    for subject, rows in (("outputs", outputs), ("sources", sources)):
+    for subject, rows in ((OUTPUTS, outputs), ("sources", sources)):
         right = classifier.predict(rows[asked]) == labels[asked]
-        yield rate_of(LABEL_AGREEMENT, right, subject=subject, features=features, stratum=ALL)
-        for label in np.unique(labels[asked]):
-            of_label = labels[asked] == label
-            stratum = f"label={label}"
-            yield rate_of(LABEL_AGREEMENT, right[of_label], subject=subject, features=features, stratum=stratum)
+        yield from _agreement(right, labels[asked], subject=subject, features=features)
+
+
+def given_agreement(classifier: Classifier, records: Records) -> Iterator[Reading]:
+    """The share of outputs, and of their sources, that a given classifier gives their label, compared as text.
+
+    Raises MeasureError where no record has a label.
+    """
+    labelled = records.labels != NO_LABEL
+    if not labelled.any():
+        raise MeasureError(
+            f"--classifier {classifier.name}: no source audited has a label to compare with, neither one that "
+            f"the model was told nor a number in the field {LABEL_FIELD}; leave it out"
+        )
+    labels = records.labels[labelled]
+    wanted = np.array([str(label) for label in labels])
+    first, every = np.unique(records.identities, return_index=True, return_inverse=True)[1:]
+    said = {
+        OUTPUTS: np.array(classifier.classify(records.outputs)),
+        "sources": np.array(classifier.classify(records.sources[first]))[every],
+    }
+    for subject, told in said.items():
+        yield from _agreement(told[labelled] == wanted, labels, subject=subject, features=classifier.name)
+
+
+def _agreement(
+    right: NDArray[np.bool_], labels: NDArray[np.int64], *, subject: str, features: str
+) -> Iterator[Reading]:
+    """Over all, and of each label."""
+    yield rate_of(LABEL_AGREEMENT, right, subject=subject, features=features)
+    for label in np.unique(labels):
+        of_label = right[labels == label]
+        yield rate_of(LABEL_AGREEMENT, of_label, subject=subject, features=features, stratum=f"label={label}")

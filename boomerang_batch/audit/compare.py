@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from boomerang_batch.audit import readings
 from boomerang_batch.audit.classify import label_agreement
 from boomerang_batch.audit.findings import OUTPUTS, Case, Reading
+from boomerang_batch.audit.others import NONE, Others
 from boomerang_batch.audit.records import NO_LABEL, Records
 from boomerang_batch.measures.attackers import attack
 from boomerang_batch.measures.copies import copies, exact_duplicates
@@ -62,10 +63,16 @@ def learned_links(records: Records, seen: Seen) -> Iterator[Reading]:
     yield from readings.linked(found.linkability, attacker=readings.TRAINED, features=seen.embedder.name)
 
 
-def copied(records: Records, seen: Seen) -> Iterator[Reading]:
-    """Copies of sources, and near duplicates."""
+def copied(records: Records, seen: Seen, others: Others = NONE) -> Iterator[Reading]:
+    """Copies of sources and, where there are others, of training images; and near duplicates."""
     first = np.unique(records.identities, return_index=True)[1]
-    found = copies(seen.outputs, seen.sources[first], own=records.identities)
+    training, holdout = (
+        None if pictures is None else seen.embedder.embed(pictures)
+        for pictures in (others.training, others.holdout)
+    )
+    found = copies(
+        seen.outputs, seen.sources[first], own=records.identities, training=training, holdout=holdout
+    )
     yield from readings.copied(found, features=seen.embedder.name)
 
 

@@ -8,7 +8,6 @@ noise needs a secret.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from boomerang_batch.audit import bounding
 from boomerang_batch.audit.findings import OUTPUTS, Reading
 from boomerang_batch.audit.pairs import Pairing, chosen_samples
 from boomerang_batch.audit.readings import NEAREST, RE_RUN, TRAINED, linked
@@ -24,7 +24,6 @@ from boomerang_batch.config.pipeline import Recipe
 from boomerang_batch.data import images
 from boomerang_batch.measures.attackers import training_half
 from boomerang_batch.measures.ceiling import Ceiling, noise_ceiling
-from boomerang_batch.measures.distances import pair_distances
 from boomerang_batch.measures.embedders import Embedder
 from boomerang_batch.measures.linkability import linkability
 from boomerang_batch.run.trial import Outcome, Rig, at_t, fresh_noise
@@ -113,11 +112,7 @@ def model_space(rig: Rig, pairing: Pairing, records: Records, places: Sequence[i
         return Space(latent=latent, missing="no noise ceiling: provenance does not tell every output's noise")
     every = np.arange(len(records.rows))
     x_0 = states(rig, pairing, records, every.tolist(), folder)
-    apart = pair_distances(x_0, groups=records.groups)
-    deltas = {"least": apart.least, "median": apart.median}
-    if not latent:
-        low, high = rig.model.value_range
-        deltas["largest possible"] = (high - low) * math.sqrt(x_0.shape[1])
+    deltas = bounding.distances(x_0, groups=records.groups, model=rig.model)
     among = {
         NEAREST: every,
         TRAINED: np.flatnonzero(~training_half(records.identities)),
@@ -169,21 +164,7 @@ def states(
     at: dict[tuple[str, str], list[int]] = {}
     for index, place in enumerate(places):
         at.setdefault(records.samples[records.identities[place]], []).append(index)
-    found = np.zeros((len(places), 0), np.float32)
-    for sample, state in rig.states(pairing.recipe, chosen_samples(pairing, records, places)):
-        if len(state) > found.shape[1]:
-            found = _widened(found, len(state), folder)
-        found[at[sample.stem, sample.key], : len(state)] = state
-    return found
-
-
-def _widened(found: NDArray[np.float32], width: int, folder: Path) -> NDArray[np.float32]:
-    """The same rows with room for more, in a file of their own."""
-    wide = np.lib.format.open_memmap(
-        folder / f"states-{width}.npy", mode="w+", dtype=np.float32, shape=(len(found), width)
-    )
-    wide[:, : found.shape[1]] = found
-    return wide
+    return bounding.states(rig, pairing.recipe, chosen_samples(pairing, records, places), at, folder=folder)
 
 
 def _decoded(outcome: Outcome, recipe: Recipe) -> images.Pixels:

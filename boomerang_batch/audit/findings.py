@@ -37,7 +37,7 @@ class Reading:
     attacker: str = ""
     """Who links: `nearest`, `trained` or `re-run`."""
     features: str = ""
-    """In which embedder's features."""
+    """In which embedder's features; of labels that a given classifier told, its name."""
     stratum: str = ALL
     """Of which records: all, or those of one label or t."""
     value: float
@@ -88,7 +88,7 @@ class Bound:
 
 @dataclass(frozen=True, kw_only=True)
 class Embedding:
-    """Which features were compared: an embedder's name, the digest of its weights, its licence."""
+    """Which features were compared, or who told labels: its name, the digest of its weights, its licence."""
 
     name: str
     digest: str
@@ -136,6 +136,12 @@ class Findings:
     embeddings: tuple[Embedding, ...]
     readings: tuple[Reading, ...]
     bound: Bound
+    classifiers: tuple[Embedding, ...] = ()
+    """Those that were given; on each embedder's features one is trained besides."""
+    training: int = 0
+    """The model's own training images that outputs were compared with."""
+    holdout: int = 0
+    """Real images that were no sources, by which was told what is near; 0: sources among themselves tell it."""
     worst: tuple[Case, ...] = ()
     warnings: tuple[str, ...] = ()
     gates: tuple[Gate, ...] = ()
@@ -169,6 +175,7 @@ def load_findings(url: str) -> Findings:
 _ROWS: Mapping[str, type] = {
     "readings": Reading,
     "embeddings": Embedding,
+    "classifiers": Embedding,
     "worst": Case,
     "gates": Gate,
 }

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from boomerang_batch.config.blocks import RunGate
 from boomerang_batch.errors import ConfigError, GateError
 from boomerang_batch.measures import embedders as known
+from boomerang_batch.run.discretion import PLAIN
 from boomerang_batch.run.request import RunRequest
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ def _judge(request: RunRequest, gate: RunGate) -> None:
             f"the gate is broken by the first {found.audited} outputs: {'; '.join(map(_said, broken))}. What "
             "is done stays; change the recipe and use an empty OUT, or the limits in run.gate and go on"
         )
-    _log.info("the gate is kept by the first %d outputs: %s", found.audited, "; ".join(map(_said, found.gates)))
+    kept = "; ".join(map(_said, found.gates))
+    _log.info("the gate is kept by the first %d outputs: %s", found.audited, kept, extra=PLAIN)
 
 
 def _said(gate: Gate) -> str:

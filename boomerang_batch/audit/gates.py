@@ -1,7 +1,8 @@
 """Limits that findings must keep. A broken gate ends a command with exit code 4, which is never success.
 
-A limit is held by the end of the 95 % interval on the bad side, over every attacker and embedder: what was not
-measured well enough to be sure of does not pass for good. So a gate of .05 takes some hundred records.
+A limit is held by the end of the 95 % interval on the bad side, over every attacker, embedder and classifier:
+what was not measured well enough to be sure of does not pass for good. So a gate of .05 takes some hundred
+records.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ def _named(out: str, name: str, key: str) -> Iterator[Origin]:
     """Rows of a shard whose keys are the source's."""
     if key not in read_keys(out, name):
         return
-    for row in _rows(out, name):
+    for row in read_rows_of(out, name):
         if row.key == key:
             stem = name.partition("~")[0]
             yield Origin(shard=name, stem=stem, row=row, source_key=key, offset=row.offset, detail=row.detail)
@@ -100,7 +100,7 @@ def _linked(out: str, private_dir: str, name: str, key: str) -> Iterator[Origin]
     links = _links(private_dir, name, key)
     if not links:
         return
-    rows = {(row.key, row.variant): row for row in _rows(out, name)}
+    rows = {(row.key, row.variant): row for row in read_rows_of(out, name)}
     for link in links:
         row = rows.get((link["row_key"], link["variant"]))
         if row is None:
@@ -126,7 +126,8 @@ def _links(private_dir: str, name: str, key: str) -> list[dict[str, Any]]:
     return list(table.take(hits).to_pylist()) if hits else []
 
 
-def _rows(out: str, name: str) -> list[Row]:
+def read_rows_of(out: str, name: str) -> list[Row]:
+    """The provenance of a shard of OUT, or of an appendix. Raises what reading it does."""
     with storage.open_read(storage.join(out, name + PROVENANCE_SUFFIX)) as stream:
         return read_rows(stream)
 

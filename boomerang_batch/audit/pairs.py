@@ -12,16 +12,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from boomerang_batch import storage
-from boomerang_batch.audit.origin import is_private, require_links
+from boomerang_batch.audit.origin import is_private, read_rows_of, require_links
 from boomerang_batch.audit.records import Gathering, Records
 from boomerang_batch.config.pipeline import Recipe
 from boomerang_batch.data import fields, images
 from boomerang_batch.data.manifest import Manifest, ShardEntry
-from boomerang_batch.data.provenance import Row, read_rows
+from boomerang_batch.data.provenance import Row
 from boomerang_batch.data.shards import Sample, read_samples
 from boomerang_batch.errors import ConfigError, ManifestError, MeasureError, PrivateDirError, VerificationError
 from boomerang_batch.run.appendix import appendices
-from boomerang_batch.run.commit import MARKER_SUFFIX, PROVENANCE_SUFFIX, TAR_SUFFIX
+from boomerang_batch.run.commit import MARKER_SUFFIX, TAR_SUFFIX
 from boomerang_batch.run.naming import Naming, member_key
 from boomerang_batch.run.record import RunRecord, recorded_recipe
 from boomerang_batch.run.trial import Chosen, own_secret
@@ -68,7 +68,7 @@ class Pairing:
                     return chosen
                 if not storage.exists(storage.join(self.out, name + MARKER_SUFFIX)):
                     continue
-                good = [row for row in _rows(self.out, name) if row.status == "ok"]
+                good = [row for row in read_rows_of(self.out, name) if row.status == "ok"]
                 rows = sorted(good, key=lambda row: shuffled(f"{row.key} {row.variant}"))[:left]
                 if rows:
                     chosen.append((name, rows))
@@ -168,8 +168,3 @@ def _output(item: Sample, row: Row, recipe: Recipe) -> images.Pixels:
     raise VerificationError(
         f"no field of sample {item.key} has the output digest of its row; run verify --deep"
     )
-
-
-def _rows(out: str, name: str) -> list[Row]:
-    with storage.open_read(storage.join(out, name + PROVENANCE_SUFFIX)) as stream:
-        return read_rows(stream)

@@ -87,6 +87,7 @@ def copied(found: Copies, *, features: str, stratum: str = ALL) -> Iterator[Read
     yield rate("near-duplicates", found.near_duplicates, chance=0.05)
     if found.training is not None:
         yield from spread("dcr-to-training", found.training.closest)
+        yield from spread("dcr-to-training", found.training.baseline, subject="sources")
         yield rate("training-copies", found.training.below, chance=0.05)
         yield rate("training-swaps", found.training.swaps)
 

@@ -58,7 +58,7 @@ class Gathering:
         )
         shape = (len(expected), height, width, 3)
         self._recipe, self._size = recipe, (height, width)
-        self._outputs, self._sources = (_room(shape, folder, name) for name in ("outputs", "sources"))
+        self._outputs, self._sources = (room(shape, folder, name) for name in ("outputs", "sources"))
         self._rows: list[Row] = []
         self._shards: list[str] = []
         self._known: list[tuple[object, ...]] = []
@@ -148,7 +148,8 @@ def source_picture(sample: Sample, recipe: Recipe) -> images.Pixels:
     return images.decode(sample.fields[name], field=name, channels=3, policy=recipe.images).pixels
 
 
-def _room(shape: tuple[int, ...], folder: Path | None, name: str) -> NDArray[np.uint8]:
+def room(shape: tuple[int, ...], folder: Path | None, name: str) -> NDArray[np.uint8]:
+    """Where images wait: in a file of this name in the folder, or in memory."""
     if folder is None:
         return np.zeros(shape, np.uint8)
     mapped: NDArray[np.uint8] = np.lib.format.open_memmap(

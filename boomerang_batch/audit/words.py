@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 
 from boomerang_batch.audit.findings import ALL, OUTPUTS, Bound, Findings, Reading
-from boomerang_batch.audit.readings import AUC, CEILING, FD, KD, LABEL_AGREEMENT, ONE_TO_ONE, RANK, TAR
+from boomerang_batch.audit.names import COPIES, LINKED, USE, Measure
+from boomerang_batch.audit.readings import CEILING, LABEL_AGREEMENT, RANK
 
-_LINKED = (RANK.format(1), RANK.format(10), ONE_TO_ONE, AUC, TAR.format(0.01), "misses")
-_COPIES = ("copies", "own-is-closest", "near-duplicates", "exact-duplicates", "median-nndr", "training-copies")
-_USE = (LABEL_AGREEMENT, FD, KD, "precision", "recall", "coverage", "median-psnr-db", "median-ssim")
 _WORST_SHOWN = 5
 
 
@@ -20,6 +18,8 @@ def describe(findings: Findings) -> str:
         f"{findings.name}: {findings.audited} of {findings.outputs} outputs audited, in the features of "
         f"{', '.join(one.name for one in findings.embeddings)}"
     )
+    if findings.classifiers:
+        head += f"; labels told by {', '.join(one.name for one in findings.classifiers)} too"
     lines = [head]
     for gate in findings.gates:
         kept = "BROKEN" if gate.broken else "kept"
@@ -27,7 +27,8 @@ def describe(findings: Findings) -> str:
             f"gate {gate.gate} {gate.limit:g}: {kept} by {gate.reading}: {_short(gate.value)}, and may be "
             f"{_short(gate.bad_end)}"
         )
-    for title, measures in (("linked to their sources", _LINKED), ("copies", _COPIES), ("use", _USE)):
+    copies = f"copies: nearer than 95 % of {_no_copies(findings)}"
+    for title, measures in (("linked to their sources", LINKED), (copies, COPIES), ("use", USE)):
         lines += ["", title, *_table(findings, measures)]
     lines += ["", "certified bound", *_bound(findings.bound)]
     labelled = _classes(findings)
@@ -39,13 +40,25 @@ def describe(findings: Findings) -> str:
     return "\n".join(lines)
 
 
-def _table(findings: Findings, measures: Sequence[str]) -> Iterator[str]:
+def _no_copies(findings: Findings) -> str:
+    """What is near by chance, by which nearness is told, and what besides the sources was looked at."""
+    baseline = (
+        f"{findings.holdout:,} images of the hold-out are to a source"
+        if findings.holdout
+        else "sources are to each other"
+    )
+    if not findings.training:
+        return baseline
+    return f"{baseline}; {findings.training:,} of the model's training images were looked at"
+
+
+def _table(findings: Findings, measures: Mapping[str, Measure]) -> Iterator[str]:
     """A line for each reading over all records."""
     rows = [
         (one.measure, one.subject, one.attacker, one.features, _with_interval(one), _chance(one))
-        for measure in measures
+        for measure, about in measures.items()
         for one in findings.readings
-        if one.measure == measure and one.stratum == ALL and _tells(one)
+        if one.measure == measure and not about.detail and one.stratum == ALL and _tells(one)
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(6)] if rows else []
     for row in rows:
@@ -54,7 +67,8 @@ def _table(findings: Findings, measures: Sequence[str]) -> Iterator[str]:
 
 def _tells(one: Reading) -> bool:
     """Whether a line is worth reading: controls by the first measure alone, and nothing that has to be."""
-    control = one.subject not in (OUTPUTS, CEILING) and one.measure in _LINKED[1:]
+    further = one.measure in LINKED and one.measure != RANK.format(1)
+    control = one.subject not in (OUTPUTS, CEILING) and further
     return not control and (one.chance is None or one.chance < 1)
 
 

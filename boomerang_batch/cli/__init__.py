@@ -32,10 +32,9 @@ class _Commands(click.Group):
         try:
             return super().invoke(context)
         except BoomerangError as error:
-            text = f"error: {error}"
-            click.echo(
-                log_lines.line(logging.ERROR, str(error), text=text, exit_code=error.exit_code), err=True
-            )
+            said = log_lines.words(error)
+            told = log_lines.line(logging.ERROR, said, text=f"error: {said}", exit_code=error.exit_code)
+            click.echo(told, err=True)
             context.exit(error.exit_code)
 
 

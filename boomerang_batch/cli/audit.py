@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from boomerang_batch.cli.inputs import rig_options
+
+if TYPE_CHECKING:
+    from boomerang_batch.data.manifest import Manifest
 
 
 @click.command()
@@ -21,18 +26,35 @@ from boomerang_batch.cli.inputs import rig_options
     help="Features to compare in; give several, for one alone reports more anonymity than there is.",
 )
 @click.option(
+    "--classifier",
+    "classifiers",
+    multiple=True,
+    metavar="NAME",
+    help="An installed classifier to tell labels by, beside those trained on the features.",
+)
+@click.option(
+    "--training",
+    metavar="MANIFEST",
+    help="The model's own training images: tell copies of them too.",
+)
+@click.option(
+    "--holdout",
+    metavar="MANIFEST",
+    help="Real images that were no sources: tell by them what is near.  [default: by the sources]",
+)
+@click.option(
     "--samples",
     type=click.IntRange(min=3),
     default=1000,
     show_default=True,
-    help="Outputs to look at, whole shards of them.",
+    help="Outputs to look at, whole shards of them; and training and hold-out images, of each as many.",
 )
 @click.option(
     "--redraw",
     type=click.IntRange(min=0),
     default=200,
     show_default=True,
-    help="Of these, how many to draw anew for the controls at t = 0 and t = T and the re-run attack; 0: none.",
+    help="How many outputs to draw anew for the controls at t = 0 and t = T and the re-run attack; 0: none.",
 )
 @click.option("--max-rank1", type=click.FloatRange(0, 1), help="Gate: outputs led back to their own source.")
 @click.option("--max-tar", type=click.FloatRange(0, 1), help="Gate: accepted at a false-accept rate of .01.")
@@ -52,6 +74,9 @@ def audit(
     against: str,
     private_dir: str | None,
     embedders: tuple[str, ...],
+    classifiers: tuple[str, ...],
+    training: str | None,
+    holdout: str | None,
     samples: int,
     redraw: int,
     max_rank1: float | None,
@@ -81,7 +106,6 @@ def audit(
     from boomerang_batch.audit.origin import is_private
     from boomerang_batch.audit.words import describe
     from boomerang_batch.config.blocks import Gates
-    from boomerang_batch.data.manifest import load_manifest
     from boomerang_batch.errors import ConfigError
     from boomerang_batch.run.record import require_record
 
@@ -92,9 +116,12 @@ def audit(
     findings = measure(
         AuditRequest(
             out=out,
-            manifest=load_manifest(against),
+            manifest=_manifest("--against", against),
             private_dir=private_dir,
             embedders=tuple(dict.fromkeys(embedders)),
+            classifiers=tuple(dict.fromkeys(classifiers)),
+            training=None if training is None else _manifest("--training", training),
+            holdout=None if holdout is None else _manifest("--holdout", holdout),
             samples=samples,
             redraws=redraw,
             gates=Gates(
@@ -111,3 +138,14 @@ def audit(
     storage.publish_bytes(findings.to_bytes(), place)
     click.echo(findings.to_bytes().decode() if as_json else describe(findings), nl=not as_json)
     context.exit(4 if any(gate.broken for gate in findings.gates) else 0)
+
+
+def _manifest(flag: str, ref: str) -> Manifest:
+    """The manifest that a flag names, of which there are several."""
+    from boomerang_batch.data.manifest import load_manifest
+    from boomerang_batch.errors import ManifestError, StorageError
+
+    try:
+        return load_manifest(ref)
+    except (ManifestError, StorageError) as error:
+        raise type(error)(f"{flag}: {error}") from error

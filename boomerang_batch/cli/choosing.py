@@ -7,19 +7,20 @@ from typing import TYPE_CHECKING
 
 import click
 
+from boomerang_batch.audit.names import LINKED, PROVEN, USE
 from boomerang_batch.cli.inputs import load_recipe, recipe_options
 
 if TYPE_CHECKING:
     from boomerang_batch.audit.calibrate import Calibration
-    from boomerang_batch.audit.findings import Reading
-    from boomerang_batch.audit.sweep import Level, Sweep
+    from boomerang_batch.audit.sweep import Sweep
+    from boomerang_batch.audit.tried import Level
 
+_NAMED = {**LINKED, **PROVEN, **USE}
 _SHOWN = {
-    "rank-1": "rank-1",
-    "label-agreement": "labels kept",
-    "median-psnr-db": "PSNR, dB",
-    "median-ssim": "SSIM",
+    name: _NAMED[name].brief
+    for name in ("rank-1", "certified@median", "label-agreement", "median-psnr-db", "median-ssim")
 }
+"""What stands in the table of a sweep, and under which head."""
 
 
 class _Fractions(click.ParamType[tuple[float, ...]]):
@@ -56,7 +57,7 @@ _EMBEDDERS = click.option(
               help="Of these, how many stand in the picture.")  # fmt: skip
 @_EMBEDDERS
 @click.option("-o", "--output", metavar="FOLDER", default="sweep", show_default=True,
-              help="Where grid.png, which shows sources, and sweep.json go.")  # fmt: skip
+              help="Where grid.png, which shows sources, curves.svg and sweep.json go.")  # fmt: skip
 @recipe_options
 def sweep_command(
     pipeline: str,
@@ -70,7 +71,7 @@ def sweep_command(
     threads: int | None,
     overrides: tuple[str, ...],
 ) -> None:
-    """Draw a few samples of MANIFEST through PIPELINE at several t: a picture, and every measure.
+    """Draw a few samples of MANIFEST through PIPELINE at several t: pictures, and every measure.
 
     \b
     Example:
@@ -79,6 +80,7 @@ def sweep_command(
     from boomerang_batch import storage
     from boomerang_batch.audit.sweep import choose, sweep
     from boomerang_batch.data.manifest import load_manifest
+    from boomerang_batch.report.panels import picture
     from boomerang_batch.run.cpus import usable_cpus
     from boomerang_batch.run.trial import Rig
 
@@ -87,19 +89,26 @@ def sweep_command(
     with Rig(recipe, device=device, threads=threads or usable_cpus()) as rig:
         at = [("fraction", level) for level in levels]
         found = sweep(rig, recipe, chosen, at, embedders=tuple(dict.fromkeys(embedders)), shown=show)
+    curves = [(level, one.readings) for level, one in zip(levels, found.levels, strict=True)]
+    made = {
+        "grid.png": found.grid,
+        "curves.svg": picture(curves, name=found.name, samples=found.samples),
+        "sweep.json": (json.dumps(found.facts(), indent=1) + "\n").encode(),
+    }
     storage.make_folder(output)
-    storage.publish_bytes(found.grid, storage.join(output, "grid.png"))
-    facts = json.dumps(found.facts(), indent=1) + "\n"
-    storage.publish_bytes(facts.encode(), storage.join(output, "sweep.json"))
+    for name, data in made.items():
+        storage.publish_bytes(data, storage.join(output, name))
     click.echo(_table(found))
     click.echo(f"{storage.join(output, 'grid.png')} shows sources first, then t {', '.join(map(str, levels))}")
+    click.echo(f"{storage.join(output, 'curves.svg')} shows every measure, sweep.json has the numbers")
 
 
 @click.command("calibrate")
 @click.argument("pipeline")
 @click.argument("manifest")
 @click.option("--target", required=True, metavar="TARGET",
-              help="What to reach: rank1<=.05, tar<=.1, label-agreement>=.9, psnr>=20, ssim>=.5.")  # fmt: skip
+              help="What to reach: rank1<=.05, tar<=.1, certified@median<=.75 (or @least, @largest), "
+                   "distance>=.1, label-agreement>=.9, psnr>=20, ssim>=.5.")  # fmt: skip
 @click.option("--samples", type=click.IntRange(min=12, max=4000), default=400, show_default=True,
               help="In all, whole shards: half to search on, half to check the result on.")  # fmt: skip
 @_EMBEDDERS
@@ -125,7 +134,7 @@ def calibrate_command(
 
     \b
     Example:
-      boomerang-batch calibrate demo-anonymize demo --target 'rank1<=.2'
+      boomerang-batch calibrate demo-anonymize demo --target 'certified@median<=.75'
     """
     from boomerang_batch.audit.calibrate import Target, calibrate
     from boomerang_batch.audit.sweep import choose
@@ -143,34 +152,33 @@ def calibrate_command(
 
 def _table(found: Sweep) -> str:
     """A line for each t."""
-    lines = [f"{found.samples} samples of {found.name}"]
-    lines.append("  ".join(["t".ljust(14), "sigma".rjust(7), *(name.rjust(11) for name in _SHOWN.values())]))
+    rows = [("t", "sigma", *_SHOWN.values())]
     for level in found.levels:
         sigma = "" if level.sigma is None else f"{level.sigma:.3g}"
-        cells = [_cell(level, measure) for measure in _SHOWN]
-        lines.append("  ".join([level.t.ljust(14), sigma.rjust(7), *(cell.rjust(11) for cell in cells)]))
+        rows.append((level.t, sigma, *(_cell(level, measure) for measure in _SHOWN)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [f"{found.samples} samples of {found.name}; in brackets what guessing comes to"]
+    for name, *cells in rows:
+        numbers = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
+        lines.append("   ".join([name.ljust(widths[0]), *numbers]))
     return "\n".join(lines)
 
 
 def _cell(level: Level, measure: str) -> str:
-    """The worst of a measure's readings: the most that are linked, the fewest that keep their label."""
-    values = [one.value for one in _over_all(level, measure)]
-    if not values:
+    """The worst of a measure's readings over all records: the most that are linked, the fewest labels kept."""
+    about = (measure, "outputs", "all")
+    there = [one for one in level.readings if (one.measure, one.subject, one.stratum) == about]
+    if not there:
         return ""
-    return f"{min(values) if measure == 'label-agreement' else max(values):.3g}"
-
-
-def _over_all(level: Level, measure: str) -> list[Reading]:
-    return [
-        one for one in level.readings if (one.measure, one.subject, one.stratum) == (measure, "outputs", "all")
-    ]
+    worst = (min if measure == "label-agreement" else max)(there, key=lambda one: one.value)
+    return f"{worst.value:.3g}" + ("" if worst.chance is None else f" ({worst.chance:.3g})")
 
 
 def _calibration(found: Calibration, target: str) -> str:
     if found.t is None:
-        least = found.searched[-1 if found.target.at_most else 0]
-        return f"no t reaches {target}: at t {least.t} there is {found.told(least)}"
-    kind = "the least" if found.target.at_most else "the largest"
+        nearest = found.searched[-1 if found.target.least else 0]
+        return f"no t reaches {target}: at t {nearest.t} there is {found.told(nearest)}"
+    kind = "the least" if found.target.least else "the largest"
     lines = [f"t fraction={found.t:g} is {kind} that reaches {target} on the samples searched"]
     if found.beside is not None:
         lines.append(f"  at fraction={found.beside:g} it is missed, so what is sought lies between the two")
@@ -179,5 +187,6 @@ def _calibration(found: Calibration, target: str) -> str:
     if found.checked is not None:
         verdict = "holds" if found.holds else "does NOT hold"
         lines.append(f"on samples that the search has not seen it {verdict}: {found.told(found.checked)}")
-        lines += [f"  {name}: {_cell(found.checked, measure)}" for measure, name in _SHOWN.items()]
+        cells = ((name, _cell(found.checked, measure)) for measure, name in _SHOWN.items())
+        lines += [f"  {name}: {cell}" for name, cell in cells if cell]
     return "\n".join(lines)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from boomerang_batch.cli.inputs import rig_options
+
 if TYPE_CHECKING:
     from boomerang_batch.audit.origin import Origin
     from boomerang_batch.audit.regenerate import Regenerated
@@ -21,16 +23,13 @@ _SHARD_HELP = "OUT's shard, where several have the key."
 @click.option("--shard", metavar="STEM", help=_SHARD_HELP)
 @click.option("--private-dir", metavar="DIR", help="Secret and links of the run; anonymize needs it.")
 @click.option("--against", metavar="MANIFEST", help="The run's manifest; needed unless the links tell.")
-@click.option("--model", metavar="FOLDER", help="Where the model is, if it is neither shipped nor pinned.")
 @click.option("-o", "--output", metavar="FILE", help="Where to put the image that was made.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
-              help="auto: CUDA where there is any.")  # fmt: skip
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: the run's]")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+@rig_options
 @click.pass_context
 def regenerate(context: click.Context, out: str, key: str, variant: int | None, shard: str | None,
-               private_dir: str | None, against: str | None, model: str | None, output: str | None, device: str,
-               threads: int | None, as_json: bool) -> None:  # fmt: skip
+               private_dir: str | None, against: str | None, output: str | None, as_json: bool,
+               model: str | None, device: str, threads: int | None) -> None:  # fmt: skip
     """Make one image of OUT again from its source, and tell whether it is the same.
 
     Exit code 0: identical, or within tolerance. 1: it differs, or OUT is harmed. 2: no output of that key was

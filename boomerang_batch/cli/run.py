@@ -55,6 +55,7 @@ def run(
     """
     from boomerang_batch.audit.gated import judge_of
     from boomerang_batch.data.manifest import load_manifest
+    from boomerang_batch.run.discretion import Discretion
     from boomerang_batch.run.driver import execute
     from boomerang_batch.run.logs import KeptLog
     from boomerang_batch.run.request import RunRequest
@@ -65,9 +66,13 @@ def run(
         from boomerang_batch.run.plan import load_plan
 
         plan = load_plan(planned)
-    with stop_on_signals() as stop:
+    recipe = load_recipe(pipeline, flags.overrides)
+    anonymize = recipe.purpose == "anonymize"
+    with stop_on_signals() as stop, KeptLog(out=out, anonymize=anonymize, private_dir=flags.private_dir) as log:
+        if anonymize:
+            log_lines.set_up(flags.log_format, Discretion(named=(out, manifest), kept=log.place))
         request = RunRequest(
-            recipe=load_recipe(pipeline, flags.overrides),
+            recipe=recipe,
             manifest=load_manifest(manifest),
             out=out,
             private_dir=flags.private_dir,
@@ -82,10 +87,14 @@ def run(
             wait=flags.if_held == "wait",
             log_format=flags.log_format,
         )
-        anonymize = request.recipe.purpose == "anonymize"
-        with KeptLog(out=out, anonymize=anonymize, private_dir=flags.private_dir) as log:
-            report = log.report = execute(request, stop=stop, judge=judge_of(request))
+        report = log.report = execute(request, stop=stop, judge=judge_of(request))
+    if anonymize:
+        report = report.discreet()
     click.echo(json.dumps(dataclasses.asdict(report)) if as_json else summary(report))
+    if anonymize and report.exit_code == 3:
+        links = f"links in {flags.private_dir} tell of which inputs the failed samples were"
+        told = f"{links}, and {log.place} why shards were quarantined"
+        click.echo(log_lines.line(logging.WARNING, told, text=told), err=True)
     if plan is not None:
         told = plan.compared_with(report)
         click.echo(log_lines.line(logging.INFO, told) if as_json else told, err=as_json)

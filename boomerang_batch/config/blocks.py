@@ -149,6 +149,20 @@ class Sampler(Block):
         return self
 
 
+class Target(Block):
+    """What a code is decoded to, instead of to its own image."""
+
+    label: int | None = Field(None, ge=0, description="the class that all become")
+    prompt: str | None = Field(None, description="the prompt that all are decoded under")
+    field: str | None = Field(None, description="field that holds each sample's own class or prompt to become")
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Target:
+        if [self.label, self.prompt, self.field].count(None) != 2:
+            raise ValueError("a target is one of label, prompt and field")
+        return self
+
+
 class Passes(Block):
     """A cascade: Boomerang applied to its own output, `count` times."""
 

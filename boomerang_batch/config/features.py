@@ -124,6 +124,10 @@ FEATURES: Mapping[str, Feature] = {
             "the method looks at the source again after noising it",
         ),
     ),
+    **dict.fromkeys(
+        ("target.label", "target.prompt", "target.field"),
+        Feature(says="goes with methods that look at the source at every step: no certified bound"),
+    ),
     # What the mechanism is.
     **dict.fromkeys(
         (f"t.{unit}" for unit in _UNITS),

@@ -30,6 +30,7 @@ from boomerang_batch.config.blocks import (
     Region,
     RunOptions,
     Sampler,
+    Target,
     Tiles,
     Upscale,
 )
@@ -65,7 +66,8 @@ class Recipe(Block):
     ]
     description: str = ""
     purpose: Literal["anonymize", "augment", "enhance"]
-    method: Literal["boomerang"] = "boomerang"
+    method: Literal["boomerang", "dpm-encoder", "edit-friendly"] = "boomerang"
+    target: Target | None = Field(None, description="what codes are decoded to; null: to their own image")
     model: ModelSpec
     t: Annotated[
         Annotated[T, Tag("<one>")] | Annotated[tuple[T, ...], Tag("<list>")], Discriminator(one_or_list)
@@ -126,6 +128,35 @@ class Recipe(Block):
         return self
 
     @model_validator(mode="after")
+    def _method_fits(self) -> Recipe:
+        if self.method == "boomerang":
+            if self.target is not None:
+                raise ValueError(
+                    "target is what codes are decoded to, and boomerang makes none: take method dpm-encoder or "
+                    "edit-friendly"
+                )
+            return self
+        if self.sampler.order != 1 or self.sampler.variance != "fixed_small":
+            raise ValueError(
+                f"method {self.method} is defined for sampler order 1 and variance fixed_small: a code holds "
+                "the noise of just these steps"
+            )
+        if self.purpose == "anonymize" and self.target is None:
+            raise ValueError(
+                f"method {self.method} without a target gives back the input: nothing would be anonymized"
+            )
+        if self.method == "dpm-encoder" and self.sampler.eta == 0:
+            raise ValueError("method dpm-encoder draws its path with the sampler's noise: eta must be above 0")
+        for name, unfit in (
+            ("passes", self.passes.count > 1),
+            ("region", self.region),
+            ("upscale", self.upscale),
+        ):
+            if unfit:
+                raise ValueError(f"method {self.method} goes without {name}: remove it")
+        return self
+
+    @model_validator(mode="after")
     def _t_fits(self) -> Recipe:
         if self.start == "diffusers-strength" and any(t.unit[0] != "fraction" for t in self.levels):
             raise ValueError("start diffusers-strength reads t as img2img's strength: give t as a fraction")
@@ -179,6 +210,8 @@ class Recipe(Block):
         full = self.model_dump(mode="json", exclude={"run", "description", "name"})
         levels = [level.model_dump(mode="json", exclude_unset=True) for level in self.levels]
         full["t"] = levels if isinstance(self.t, tuple) else levels[0]
+        if self.target is None:
+            del full["target"]  # which format version 1 has not always had, and runs are known by their digest
         if self.model.revision is None and not self.model.source.startswith(("shipped:", ENTRY_POINT)):
             full["model"]["source"] = PurePath(self.model.source).name or "."
         return full
@@ -250,6 +283,7 @@ __all__ = [
     "Sampler",
     "Spread",
     "T",
+    "Target",
     "Tiles",
     "Upscale",
     "parse_recipe",

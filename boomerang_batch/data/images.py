@@ -18,7 +18,16 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageCms, JpegImagePlugin, PngImagePlugin, WebPImagePlugin, features
+from PIL import (
+    Image,
+    ImageCms,
+    ImageDraw,
+    ImageFont,
+    JpegImagePlugin,
+    PngImagePlugin,
+    WebPImagePlugin,
+    features,
+)
 
 from boomerang_batch.config.pipeline import ImagePolicy
 from boomerang_batch.data.formats import Format, format_of, is_lossless_webp, webp_size
@@ -37,6 +46,7 @@ _FILTERS: dict[Filter, Image.Resampling] = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
+_HEAD = 24
 _DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 
 # `warnings.catch_warnings` swaps process-wide state, so only one thread at a time may be inside.
@@ -182,20 +192,30 @@ def resize(
     return np.asarray(image).reshape(height, width, pixels.shape[2])
 
 
-def contact_sheet(rows: Sequence[Sequence[Pixels]], *, cell: int = 96, gap: int = 4) -> bytes:
-    """Rows of (H, W, C) images as one PNG: each fitted into a square of `cell` pixels, on white."""
+def contact_sheet(
+    rows: Sequence[Sequence[Pixels]], *, heads: Sequence[str] = (), cell: int = 96, gap: int = 4
+) -> bytes:
+    """Rows of (H, W, C) images as one PNG: each fitted into a square of `cell` pixels, on white.
+
+    `heads` stand above the columns.
+    """
     columns = max((len(row) for row in rows), default=0)
-    pitch = cell + gap
-    sheet = np.full((max(len(rows), 1) * pitch + gap, max(columns, 1) * pitch + gap, 3), 255, np.uint8)
+    pitch, above = cell + gap, _HEAD if heads else 0
+    height, width = max(len(rows), 1) * pitch + gap + above, max(columns, len(heads), 1) * pitch + gap
+    sheet = np.full((height, width, 3), 255, np.uint8)
     for index, row in enumerate(rows):
         for column, pixels in enumerate(row):
             shown = fitted(pixels, cell=cell)
             height, width = shown.shape[:2]
-            top = gap + index * pitch + (cell - height) // 2
+            top = above + gap + index * pitch + (cell - height) // 2
             left = gap + column * pitch + (cell - width) // 2
             sheet[top : top + height, left : left + width] = shown
-    buffer = io.BytesIO()
-    Image.fromarray(sheet).save(buffer, format="PNG", compress_level=6)
+    image, buffer = Image.fromarray(sheet), io.BytesIO()
+    pen = ImageDraw.Draw(image)
+    for column, head in enumerate(heads):
+        middle = (gap + column * pitch + cell // 2, (above + gap) // 2)
+        pen.text(middle, head, fill=(0, 0, 0), font=ImageFont.load_default(15), anchor="mm")
+    image.save(buffer, format="PNG", compress_level=6)
     return buffer.getvalue()
 
 

@@ -32,11 +32,12 @@ Indices = NDArray[np.int64]
 class TrainingCopies:
     """Of the model's own training images. `closest` (n,) is each output's distance to the nearest of them.
 
-    `below` is the share under `threshold`, the 5th percentile of the sources' own distances to them; `swaps` is
-    the share that besides is nearer to a training image than to its own source.
+    `baseline` (m,) is that of each source, and `threshold` its 5th percentile; `below` is the share of outputs
+    nearer than that, `swaps` the share that besides is nearer to a training image than to its own source.
     """
 
     closest: Distances
+    baseline: Distances
     threshold: float
     below: Rate
     swaps: Rate
@@ -153,6 +154,7 @@ def _of_training(
     below = closest < threshold
     return TrainingCopies(
         closest=closest,
+        baseline=usual,
         threshold=threshold,
         below=_share(below),
         swaps=_share(below & (closest < own_distance)),

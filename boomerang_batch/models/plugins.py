@@ -8,22 +8,20 @@ before a run starts, and its distribution's version becomes part of the model's 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
 from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
 
+from boomerang_batch import installed
 from boomerang_batch.config.blocks import ENTRY_POINT
 from boomerang_batch.config.pipeline import ModelSpec
 from boomerang_batch.diffusion.denoiser import Condition, Denoiser, DenoiserSpec, Prediction
 from boomerang_batch.diffusion.schedule import NoiseLevels
-from boomerang_batch.errors import BoomerangError, ModelError
+from boomerang_batch.errors import ModelError
 from boomerang_batch.models.device import choose_device, settle_numerics
 
 GROUP = "boomerang_batch.denoisers"
@@ -65,55 +63,15 @@ def load_installed(spec: ModelSpec, *, device: str, threads: int | None) -> Deno
     denoiser or not the one that the recipe describes.
     """
     chosen = choose_device(device, dtype=spec.dtype)
-    entry = find_entry_point(spec.source.removeprefix(ENTRY_POINT))
-    settle_numerics(chosen, threads=threads)
     where = f"model.source {spec.source}"
-    factory = _attempt(entry.load, f"{where}: {entry.value} can't be imported")
-    made = _attempt(lambda: factory(dict(spec.options), chosen.type), f"{where}: its factory failed")
+    entry = installed.find(GROUP, spec.source.removeprefix(ENTRY_POINT), where=where, error=ModelError)
+    settle_numerics(chosen, threads=threads)
+    made = installed.make(entry, dict(spec.options), chosen.type, where=where, error=ModelError)
     described = _checked_spec(made, where)
     _check_conditions(described, spec, where)
     _check_by_calling(made, described, chosen, where)
-    return InstalledDenoiser(
-        spec=dataclasses.replace(described, digest=_digest(entry, described.digest)), made=made
-    )
-
-
-def find_entry_point(name: str) -> EntryPoint:
-    """The one installed entry point of this name. Raises ModelError, listing what there is."""
-    installed = entry_points(group=GROUP)
-    found = [entry for entry in installed if entry.name == name]
-    if not found:
-        names = ", ".join(sorted({entry.name for entry in installed}))
-        there = f"installed are {names}" if names else "none is installed"
-        raise ModelError(
-            f"model.source {ENTRY_POINT}{name}: no such entry point in the group {GROUP}; {there}. Install the "
-            "distribution that has it into this environment, and on every worker"
-        )
-    if len(found) > 1:
-        owners = ", ".join(sorted(_distribution(entry) for entry in found))
-        raise ModelError(f"model.source {ENTRY_POINT}{name}: several have it: {owners}; uninstall all but one")
-    return found[0]
-
-
-def _distribution(entry: EntryPoint) -> str:
-    return f"{entry.dist.name} {entry.dist.version}" if entry.dist is not None else entry.value
-
-
-def _digest(entry: EntryPoint, own: str) -> str:
-    """The maker's digest together with what made it: a new version may do something else with equal weights."""
-    made_by = [entry.name, entry.value, _distribution(entry), own]
-    return hashlib.sha256(json.dumps(made_by, separators=(",", ":")).encode()).hexdigest()
-
-
-def _attempt(call: Callable[[], Any], failure: str) -> Any:
-    """What `call` gives. Someone else's code may raise anything; it becomes one line with the cause chained."""
-    try:
-        return call()
-    except BoomerangError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(f"{failure}: {type(error).__name__}: {reason}") from error
+    digest = installed.digest(entry, described.digest)
+    return InstalledDenoiser(spec=dataclasses.replace(described, digest=digest), made=made)
 
 
 def _checked_spec(made: Any, where: str) -> DenoiserSpec:
@@ -175,7 +133,8 @@ def _check_by_calling(made: Any, spec: DenoiserSpec, device: torch.device, where
 
     def call(name: str, *arguments: Any) -> Any:
         with torch.inference_mode():
-            return _attempt(lambda: getattr(made, name)(*arguments), f"{where}: {name} failed on one image")
+            failure = f"{where}: {name} failed on one image"
+            return installed.attempt(lambda: getattr(made, name)(*arguments), failure, error=ModelError)
 
     states = call("encode", images)
     _check_tensor(states, None if spec.latent else images.shape, device, f"{where}: encode")

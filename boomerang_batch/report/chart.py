@@ -5,31 +5,61 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from boomerang_batch.report.markup import Html, element, join
 from boomerang_batch.report.sections import Curve, Line
 
 WIDTH, HEIGHT = 560, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 16, 14, 46
 _MAX_POINTS = 240
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plot:
+    """Where numbers stand in a drawing: its size and margins, in the drawing's units, and the axes' ticks."""
+
+    width: int = WIDTH
+    height: int = HEIGHT
+    left: int = 56
+    right: int = 16
+    top: int = 14
+    bottom: int = 46
+    x: Sequence[float]
+    y: Sequence[float]
+    percent: bool
+    """Whether y is a share, 0..1, to be written as a percentage."""
+
+    def across(self, x: float) -> str:
+        """How far from the left."""
+        return _place(x, (self.x[0], self.x[-1]), self.left, self.width - self.right)
+
+    def down(self, y: float) -> str:
+        """How far from the top."""
+        return _place(y, (self.y[0], self.y[-1]), self.height - self.bottom, self.top)
+
+    def at(self, x: float, y: float) -> str:
+        """Both, as a list of points has them."""
+        return join(self.across(x), ",", self.down(y))
 
 
 def drawing(curve: Curve, *, name: str) -> Html:
     """The SVG of a curve. `name` is unique on the page; its title and description are read aloud."""
     points = [point for line in curve.lines for point in line.points]
-    x_ticks = ticks(min(x for x, _ in points), max(x for x, _ in points))
-    y_ticks = ticks(curve.y_from, 1.0 if curve.y_percent else max(y for _, y in points))
-    x_span, y_span = (x_ticks[0], x_ticks[-1]), (y_ticks[0], y_ticks[-1])
+    plot = Plot(
+        x=ticks(min(x for x, _ in points), max(x for x, _ in points)),
+        y=ticks(curve.y_from, 1.0 if curve.y_percent else max(y for _, y in points)),
+        percent=curve.y_percent,
+    )
     return element(
         "svg",
         element("title", curve.title, id=f"{name}-title"),
         element("desc", f"{_described(curve)} The numbers stand in the table below.", id=f"{name}-desc"),
-        _axes(curve, x_ticks, y_ticks, x_span, y_span),
+        axes(plot, x_name=curve.x),
         *(
             element(
                 "polyline",
                 class_=f"line line-{number}",
-                points=" ".join(_at(x, y, x_span, y_span) for x, y in _drawn(line)),
+                points=" ".join(plot.at(x, y) for x, y in _drawn(line)),
                 vector_effect="non-scaling-stroke",
             )
             for number, line in enumerate(curve.lines, 1)
@@ -73,26 +103,21 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
     return [round(index * step, 12) for index in range(first, last + 1)]
 
 
-def _axes(
-    curve: Curve,
-    x_ticks: Sequence[float],
-    y_ticks: Sequence[float],
-    x_span: tuple[float, float],
-    y_span: tuple[float, float],
-) -> Html:
-    floor = HEIGHT - _BOTTOM
+def axes(plot: Plot, *, x_name: str) -> Html:
+    """The axes with their ticks and the name of x; that of y stands wherever there is room for it."""
+    left, right, floor = plot.left, plot.width - plot.right, plot.height - plot.bottom
     parts: list[Html] = []
-    for y in y_ticks:
-        height = _place(y, y_span, floor, _TOP)
-        parts.append(element("line", class_="grid", x1=_LEFT, x2=WIDTH - _RIGHT, y1=height, y2=height))
-        label = f"{y:.0%}" if curve.y_percent else f"{y:,g}"
-        parts.append(element("text", label, x=_LEFT - 8, y=f"{float(height) + 4:.1f}", class_="tick end"))
-    for x in x_ticks:
-        across = _place(x, x_span, _LEFT, WIDTH - _RIGHT)
+    for y in plot.y:
+        down = plot.down(y)
+        parts.append(element("line", class_="grid", x1=left, x2=right, y1=down, y2=down))
+        label = f"{y:.0%}" if plot.percent else f"{y:,g}"
+        parts.append(element("text", label, x=left - 8, y=f"{float(down) + 4:.1f}", class_="tick end"))
+    for x in plot.x:
+        across = plot.across(x)
         parts.append(element("line", class_="axis", x1=across, x2=across, y1=floor, y2=floor + 5))
         parts.append(element("text", f"{x:,g}", x=across, y=floor + 19, class_="tick middle"))
-    parts.append(element("line", class_="axis", x1=_LEFT, x2=WIDTH - _RIGHT, y1=floor, y2=floor))
-    parts.append(element("text", curve.x, x=WIDTH - _RIGHT, y=HEIGHT - 6, class_="name end"))
+    parts.append(element("line", class_="axis", x1=left, x2=right, y1=floor, y2=floor))
+    parts.append(element("text", x_name, x=right, y=plot.height - 6, class_="name end"))
     return element("g", *parts, aria_hidden="true")
 
 
@@ -113,11 +138,6 @@ def _drawn(line: Line) -> list[tuple[float, float]]:
 def _described(curve: Curve) -> str:
     names = ", ".join(line.name for line in curve.lines)
     return f"{curve.y} over {curve.x}: {names}." if names else f"{curve.y} over {curve.x}."
-
-
-def _at(x: float, y: float, x_span: tuple[float, float], y_span: tuple[float, float]) -> str:
-    across = _place(x, x_span, _LEFT, WIDTH - _RIGHT)
-    return join(across, ",", _place(y, y_span, HEIGHT - _BOTTOM, _TOP))
 
 
 def _place(value: float, span: tuple[float, float], start: int, end: int) -> str:

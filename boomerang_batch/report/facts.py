@@ -119,7 +119,7 @@ class _Tally:
     """Adds up shard after shard."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self._passes = recipe.passes.count if recipe.passes.outputs == "all" else 1
+        self._recipe = recipe
         self.reasons: Counter[tuple[str, str]] = Counter()
         self.examples: dict[tuple[str, str], list[Failure]] = defaultdict(list)
         self.sigmas: dict[int, tuple[float, float]] = {}
@@ -135,7 +135,7 @@ class _Tally:
                 self._add_failure(shard, row)
 
     def _add_output(self, row: Mapping[str, Any]) -> None:
-        variant, sigma, calls = row["variant"] // self._passes, row["sigma"], row["evaluations"]
+        variant, sigma, calls = self._recipe.variant_of(row["variant"]), row["sigma"], row["evaluations"]
         if sigma is not None:
             low, high = self.sigmas.get(variant, (sigma, sigma))
             self.sigmas[variant] = min(low, sigma), max(high, sigma)

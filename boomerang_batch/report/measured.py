@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from boomerang_batch import storage
 from boomerang_batch.audit.findings import ALL, AUDIT_NAME, OUTPUTS, Findings, Gate, Reading, load_findings
+from boomerang_batch.audit.names import COPIES, LINKED, USE, Measure
 from boomerang_batch.errors import ConfigError
 from boomerang_batch.report.facts import Facts
 from boomerang_batch.report.sections import Curve, Line, Points, Section, Table, Verdict
@@ -18,55 +19,7 @@ from boomerang_batch.report.words import number, percent, plural
 
 _CEILING = "noise ceiling"
 _ROWS = 60
-_LINKED = {
-    "rank-1": "its own source is the first guess",
-    "rank-5": "its own source is among the first 5 guesses",
-    "rank-10": "its own source is among the first 10 guesses",
-    "one-to-one": "matched to its own source, all being matched at once",
-    "auc": "its own source comes before another's",
-    "tar@far=0.01": "taken for its source where 1 % of strangers are",
-    "tar@far=0.001": "taken for its source where 0.1 % of strangers are",
-    "misses": "nothing found to compare",
-}
-_COPIES = {
-    "own-is-closest": "of all sources its own is nearest",
-    "copies": "nearer to a source than 95 % of other pictures are",
-    "near-duplicates": "nearly the same as another output",
-    "exact-duplicates": "the same as another output",
-    "training-copies": "nearer to a picture the model was trained on than 95 % of other pictures are",
-    "training-swaps": "nearer to a picture the model was trained on than to its own source",
-    "median-dcr": "distance to the nearest source, median",
-    "median-nndr": "nearest source by second nearest, median",
-    "median-own-by-nearest-other": "own source by nearest other, median",
-    "median-dcr-to-training": "distance to the nearest training picture, median",
-}
-_USE = {
-    "label-agreement": "keeps its label",
-    "fd": "Frechet distance to the sources together",
-    "kd": "kernel distance to the sources together",
-    "precision": "precision: outputs that look like some source",
-    "recall": "recall: sources that some output looks like",
-    "density": "density",
-    "coverage": "coverage",
-    "median-psnr-db": "PSNR to its own source, median, in dB",
-    "median-ssim": "SSIM to its own source, median",
-    "median-fine-detail-db": "fine detail against its own source, median, in dB",
-}
 _GATES_OF_LINKS = frozenset({"max_rank1", "max_tar"})
-_OF_ITS_FEATURES = frozenset({"fd", "kd", "median-dcr", "median-dcr-to-training"})
-"""What has the scale of its features, so that those of two embedders don't compare."""
-_LESS_IS_WORSE = frozenset(
-    {
-        *("label-agreement", "precision", "recall", "density", "coverage"),
-        *(name for name in (*_COPIES, *_USE) if name.startswith("median")),
-    }
-)
-_SHARES = frozenset(
-    {
-        *(name for name in (*_LINKED, *_COPIES) if not name.startswith("median")),
-        *("label-agreement", "precision", "recall", "coverage"),
-    }
-)
 
 
 def find_audit(facts: Facts, *, given: str | None, homes: Iterable[str]) -> Findings | None:
@@ -91,26 +44,57 @@ def sections(findings: Findings | None) -> list[Section]:
     """What was measured."""
     if findings is None:
         return []
-    linked = _readings(findings, _LINKED)
-    found = [_linked(findings, linked)] if linked else []
-    for anchor, title, meanings in (("copies", "What is copied", _COPIES), ("use", "What use is left", _USE)):
-        readings = [one for one in _readings(findings, meanings) if one.subject == OUTPUTS]
-        if readings:
-            tables = [_table("The worst of each measure", _worst(readings), meanings)]
-            classes = _classes(findings) if anchor == "use" else None
-            tables += [classes] if classes else []
-            details = (_table("Every measure", readings, meanings),)
-            found.append(Section(anchor=anchor, title=title, tables=tuple(tables), details=details))
-    return found
+    linked, copies, use = (_readings(findings, measures) for measures in (LINKED, COPIES, USE))
+    found = (
+        _linked(findings, linked) if linked else None,
+        _section("copies", "What is copied", copies, COPIES, prose=_no_copies(findings)),
+        _section("use", "What use is left", use, USE, more=_classes(findings)),
+    )
+    return [section for section in found if section is not None]
 
 
-def _worst(readings: Sequence[Reading]) -> list[Reading]:
+def _section(
+    anchor: str,
+    title: str,
+    readings: Sequence[Reading],
+    measures: Mapping[str, Measure],
+    *,
+    prose: str = "",
+    more: Table | None = None,
+) -> Section | None:
+    """The worst of each measure, and then all, beside what they are for other pictures; None without any."""
+    outputs = [one for one in readings if one.subject == OUTPUTS]
+    if not outputs:
+        return None
+    tables = [_table("The worst of each measure", _worst(outputs, measures), measures)]
+    tables += [more] if more else []
+    details = (_table("Every measure", readings, measures),)
+    return Section(
+        anchor=anchor, title=title, prose=(prose,) if prose else (), tables=tuple(tables), details=details
+    )
+
+
+def _no_copies(findings: Findings) -> str:
+    """By which pictures it is told what is near."""
+    if findings.holdout:
+        baseline = f"{plural(findings.holdout, 'real picture')} that were no sources, a hold-out"
+    else:
+        baseline = "the sources themselves, each compared with the others"
+    words = f"What is near to a source by chance is told by other pictures: {baseline}."
+    if not findings.training:
+        return words
+    trained = plural(findings.training, "picture")
+    return f"{words} Outputs were also compared with {trained} that the model was trained on."
+
+
+def _worst(readings: Sequence[Reading], measures: Mapping[str, Measure]) -> list[Reading]:
     """Of each measure the reading that is worst."""
     found: dict[tuple[str, str], Reading] = {}
     for one in readings:
-        what = (one.measure, one.features if one.measure in _OF_ITS_FEATURES else "")
+        measure = measures[one.measure]
+        what = (one.measure, one.features if measure.of_features else "")
         before = found.setdefault(what, one)
-        sign = -1 if one.measure in _LESS_IS_WORSE else 1
+        sign = -1 if measure.less_is_worse else 1
         if sign * one.value > sign * before.value:
             found[what] = one
     return list(found.values())
@@ -119,10 +103,10 @@ def _worst(readings: Sequence[Reading]) -> list[Reading]:
 def _linked(findings: Findings, readings: Sequence[Reading]) -> Section:
     outputs = [one for one in readings if one.subject == OUTPUTS]
     controls = [one for one in readings if one.subject != OUTPUTS and one.measure == "rank-1"]
-    tables = [_table("The worst of each measure", _worst(outputs), _LINKED)]
+    tables = [_table("The worst of each measure", _worst(outputs, LINKED), LINKED)]
     if controls:
         caption = "The same at the first guess where the answer is known"
-        tables.append(_table(caption, controls, _LINKED))
+        tables.append(_table(caption, controls, LINKED))
     ranks = _ranks(readings)
     return Section(
         anchor="linked",
@@ -135,7 +119,7 @@ def _linked(findings: Findings, readings: Sequence[Reading]) -> Section:
         ),
         curves=(ranks,) if ranks else (),
         tables=tuple(tables) if outputs or controls else (),
-        details=(_table("Every measure", readings, _LINKED),),
+        details=(_table("Every measure", readings, LINKED),),
         points=(Points(heading="Take care", sentences=findings.warnings),) if findings.warnings else (),
     )
 
@@ -204,18 +188,18 @@ def _classes(findings: Findings) -> Table | None:
         if one.measure == "label-agreement" and one.subject == OUTPUTS and one.stratum != ALL
     ]
     found.sort(key=lambda one: (one.value, one.stratum))
-    rows = tuple((one.stratum, *_numbers(one)) for one in found[:_ROWS])
-    head = ("Of", "Keep their label", "95 % interval", "By chance", "Records")
+    rows = tuple((one.stratum, one.features or "–", *_numbers(one, USE[one.measure])) for one in found[:_ROWS])
+    head = ("Of", "By", "Keep their label", "95 % interval", "By chance", "Records")
     return Table(caption="By class, the worst first", head=head, rows=rows) if rows else None
 
 
-def _readings(findings: Findings, meanings: Iterable[str]) -> list[Reading]:
-    order = {name: place for place, name in enumerate(meanings)}
+def _readings(findings: Findings, measures: Iterable[str]) -> list[Reading]:
+    order = {name: place for place, name in enumerate(measures)}
     found = [one for one in findings.readings if one.measure in order and one.stratum == ALL]
     return sorted(found, key=lambda one: (order[one.measure], -one.value if one.value == one.value else 0.0))
 
 
-def _table(caption: str, readings: Sequence[Reading], meanings: Mapping[str, str]) -> Table:
+def _table(caption: str, readings: Sequence[Reading], measures: Mapping[str, Measure]) -> Table:
     def of(one: Reading) -> str:
         subject = "" if one.subject == OUTPUTS else one.subject
         return ", ".join(filter(None, (subject, one.attacker, one.features))) or "–"
@@ -223,15 +207,17 @@ def _table(caption: str, readings: Sequence[Reading], meanings: Mapping[str, str
     return Table(
         caption=caption,
         head=("What", "Of, by, in", "Value", "95 % interval", "By chance", "Records"),
-        rows=tuple((meanings[one.measure], of(one), *_numbers(one)) for one in readings[:_ROWS]),
+        rows=tuple(
+            (measures[one.measure].says, of(one), *_numbers(one, measures[one.measure]))
+            for one in readings[:_ROWS]
+        ),
         words=2,
     )
 
 
-def _numbers(one: Reading) -> tuple[str, str, str, str]:
-    share = one.measure in _SHARES
-    write = percent if share else number
+def _numbers(one: Reading, measure: Measure) -> tuple[str, str, str, str]:
+    write = percent if measure.share else number
     low, high = ("" if end is None else write(end) for end in (one.low, one.high))
-    between = f"{low.removesuffix(' %') if share else low} to {high}" if low and high else "–"
+    between = f"{low.removesuffix(' %') if measure.share else low} to {high}" if low and high else "–"
     chance = "–" if one.chance is None else write(one.chance)
     return write(one.value), between, chance, f"{one.count:,}"

@@ -17,6 +17,7 @@ from typing import BinaryIO
 from boomerang_batch import storage
 from boomerang_batch.data.provenance import Marker
 from boomerang_batch.errors import ObjectExistsError, ObjectMissingError, StorageError
+from boomerang_batch.run.discretion import PLAIN
 
 MARKER_SUFFIX = "_stats.json"
 TAR_SUFFIX = ".tar"
@@ -87,7 +88,7 @@ def commit(
         storage.create_only(url, marker.to_bytes())
     except ObjectExistsError:
         if not _is_committed(out, marker):
-            _log.warning("%s was there but unreadable; replaced", url)
+            _log.warning("%s was there but unreadable; replaced", url, extra=PLAIN)
             storage.publish_bytes(marker.to_bytes(), url)
 
 

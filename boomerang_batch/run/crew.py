@@ -18,6 +18,7 @@ from typing import Any
 
 from boomerang_batch.errors import BoomerangError, RunMismatchError, StoppedError
 from boomerang_batch.run import ray_cluster
+from boomerang_batch.run.discretion import PLAIN
 from boomerang_batch.run.member import Member
 from boomerang_batch.run.ray_cluster import DEATHS, answer, first_line, why
 from boomerang_batch.run.tasks import RunSpec, WorkerFacts
@@ -207,6 +208,7 @@ class Crew:
                 "waiting for %ss: %s; others start as machines join or become free",
                 self._needs,
                 self._standing(),
+                extra=PLAIN,
             )
 
     def _unplaced(self) -> int:
@@ -232,6 +234,7 @@ class Crew:
         told = f"{self._load_failures} worker(s) in a row could not load the model"
         if self._load_failures >= _LOAD_FAILURES_ALLOWED and not self.members:
             raise BoomerangError(f"{told}, the last because {reason}") from error
-        _log.warning("%s, the last because %s; going on with %d", told, reason, len(self.members))
+        # No worker has seen an input before it has loaded the model.
+        _log.warning("%s, the last because %s; going on with %d", told, reason, len(self.members), extra=PLAIN)
         if self._load_failures < _LOAD_FAILURES_ALLOWED:
             self.hire()

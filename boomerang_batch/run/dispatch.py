@@ -20,9 +20,11 @@ from typing import Any
 
 import ray
 
+from boomerang_batch import storage
 from boomerang_batch.run import ray_cluster
 from boomerang_batch.run.commit import read_marker
 from boomerang_batch.run.crew import Crew
+from boomerang_batch.run.discretion import PLAIN
 from boomerang_batch.run.member import Member
 from boomerang_batch.run.ray_cluster import DEATHS, answer, first_line, why
 from boomerang_batch.run.tasks import DEPTH, RunSpec, ShardReport, Task, WorkerFacts
@@ -112,7 +114,7 @@ class RayPool:
                 yield from self._bury(member, why(error), hire=not stopping)
                 continue
             except ray.exceptions.RayTaskError as error:
-                told = {"shard": task.name}
+                told = {"shard": task.name, **PLAIN}
                 _log.error("task %s failed unexpectedly", task.name, exc_info=error, extra=told)
                 # A worker may be broken for good by now, as CUDA errors break a process, and would fail every
                 # further task at once: it is replaced as if it had died.
@@ -129,7 +131,8 @@ class RayPool:
         """A worker is lost: sort out what it leaves and hire another."""
         self._crew.dismiss(member)
         victims = list(member.tasks.values())
-        _log.warning("a worker is lost with %d task(s) in flight; %s", len(victims), reason)
+        # What a worker says of its end is discreet already.
+        _log.warning("a worker is lost with %d task(s) in flight; %s", len(victims), reason, extra=PLAIN)
         for task in victims:
             there = read_marker(self._out, task.name)
             got = member.state.finished.get(task.name, 0)
@@ -151,5 +154,6 @@ class RayPool:
         if self._attempts[task.name] < self._max_attempts:
             self._solo.append(task)
             return
-        reason = f"gave up on shard {task.name} after {self._max_attempts} attempts; {reason}"
+        which = f"shard {task.name} ({storage.without_secrets(task.url)})"
+        reason = f"gave up on {which} after {self._max_attempts} attempts; {reason}"
         yield ShardReport(name=task.name, status="quarantined", reason=reason)

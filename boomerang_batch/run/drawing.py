@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from boomerang_batch.diffusion.batch_size import is_out_of_memory
+from boomerang_batch.diffusion.codes import Code
 from boomerang_batch.diffusion.engine import Draw, Drawn, Engine
 from boomerang_batch.errors import ModelError
 from boomerang_batch.run.stages import Made, PieceTag
@@ -21,6 +22,7 @@ from boomerang_batch.run.stages import Made, PieceTag
 @dataclass(kw_only=True)
 class _Parts:
     images: dict[int, Tensor] = field(default_factory=dict)
+    codes: dict[int, Code] = field(default_factory=dict)
     batch_size: int = 1 << 30
 
 
@@ -90,6 +92,8 @@ class Drawing:
             place = (tag.prepared.source.offset, tag.variant, drawn.pass_number)
             parts = unfinished.setdefault(place, _Parts())
             parts.images[tag.index] = drawn.image
+            if drawn.code is not None:
+                parts.codes[tag.index] = drawn.code
             parts.batch_size = min(parts.batch_size, drawn.batch_size)
             if len(parts.images) == len(tag.prepared.canvas.pieces):
                 yield _made(drawn, unfinished.pop(place), dtype)
@@ -117,4 +121,5 @@ def _made(drawn: Drawn, parts: _Parts, dtype: str) -> Made:
         pieces=[parts.images[index] for index in range(len(parts.images))],
         batch_size=parts.batch_size,
         dtype=dtype,
+        codes=[parts.codes[index] for index in range(len(parts.codes))],
     )

@@ -22,6 +22,7 @@ from boomerang_batch.run import journal, lease
 from boomerang_batch.run.appendix import failed_tasks, is_appendix
 from boomerang_batch.run.budget import Spending
 from boomerang_batch.run.cpus import usable_cpus
+from boomerang_batch.run.discretion import PLAIN
 from boomerang_batch.run.keys import KeyWatch
 from boomerang_batch.run.lease import Lease
 from boomerang_batch.run.markers import Markers, Told
@@ -34,6 +35,7 @@ from boomerang_batch.run.request import (
     manifest_digest_over,
     open_naming,
     record_homes,
+    refuse_secrets,
 )
 from boomerang_batch.run.sheet import publish_sheets
 from boomerang_batch.run.survey import survey
@@ -73,6 +75,7 @@ def execute(
     is called once OUT has as many outputs as the recipe's gate asks for, or all, and before more are begun; it
     raises GateError where they won't do. Raises LeaseError where another run is at work on OUT.
     """
+    refuse_secrets(request.recipe)
     naming = open_naming(request)
     tasks = list_tasks(request, naming)
     storage.make_folder(request.out)
@@ -113,7 +116,7 @@ def _execute(
     try:
         facts = pool.start(stop=stop)
         for warning in facts.warnings:
-            _log.warning("%s", warning)
+            _log.warning("%s", warning, extra=PLAIN)  # of recipe and model
         record = expected_record(request, naming, tasks, facts)
         mixed = there is not None and (there.accepted_stacks or facts.stack != there.stack)
         if mixed and request.accept_stack:  # else it is refused, or nothing changes
@@ -244,7 +247,7 @@ def _publish_logs(out: str, stamp: str, telemetry: Telemetry, markers: Markers) 
         storage.publish_bytes(telemetry.log(), storage.join(folder, f"{stamp}.jsonl"))
         markers.save()
     except StorageError as error:
-        _log.warning("the run's log is lost: %s", error)
+        _log.warning("the run's log is lost: %s", error, extra=PLAIN)
 
 
 def _close(
@@ -282,6 +285,7 @@ def _close(
             "left": len(undone) - len(quarantined),
         },
         rows=dict(sorted(rows.items())),
+        quarantined=tuple(quarantined),
         problems=tuple(reports[name].reason for name in quarantined),
         stopped=stopped,
     )

@@ -8,7 +8,8 @@ list the epochs, and stop where there is a higher one.
 A store checks no epoch when it takes an object, so a holder that was frozen may still publish late. That is
 harmless, for the same recipe on the same stack gives the same bytes; who takes over and goes on with another
 stack waits first until every upload of the former holder must have ended. Epochs and beats lie under OUT/logs,
-which is not part of the output.
+which is not part of the output. But OUT is published: an epoch names machine and process only as long as others
+need them, until its holder has let go or the next has taken over.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from typing import Any
 
 from boomerang_batch import storage
 from boomerang_batch.errors import LeaseError, ObjectExistsError, ObjectMissingError, StoppedError, StorageError
+from boomerang_batch.run.discretion import PLAIN
 
 FOLDER = "lease"
 BEAT_EVERY_S = 10.0
@@ -52,6 +54,11 @@ class Holder:
     """When the process began, in the machine's own count: numbers are used again."""
     since: str
     """UTC, ISO 8601."""
+
+    @property
+    def forgotten(self) -> Holder:
+        """What stays of it in OUT."""
+        return Holder(token=self.token, host="", process=0, machine="", born="", since=self.since)
 
     def __str__(self) -> str:
         return f"a run on {self.host} (process {self.process}) since {self.since}"
@@ -108,6 +115,7 @@ def held(out: str, *, wait: bool, stop: threading.Event) -> Iterator[Lease]:
         if lease.waited_out:
             with contextlib.suppress(StorageError):
                 _write_beat(out, lease.epoch, {"released": True})
+                _forget(out, lease.epoch)
 
 
 def _acquire(out: str, *, wait: bool, stop: threading.Event) -> Lease:
@@ -120,6 +128,9 @@ def _acquire(out: str, *, wait: bool, stop: threading.Event) -> Lease:
             storage.create_only(_url(out, "epoch", last + 1), json.dumps(asdict(_this_process())).encode())
         except ObjectExistsError:
             continue  # another run was faster: look at that one
+        if last:
+            with contextlib.suppress(StorageError):
+                _forget(out, last)  # who died could not
         return Lease(epoch=last + 1, taken_over_at=time.monotonic() if ousted else None)
 
 
@@ -128,13 +139,16 @@ def _await_end(out: str, epoch: int, *, wait: bool, stop: threading.Event) -> bo
     holder = _holder(out, epoch)
     beat, silent_since = _read_beat(out, epoch), time.monotonic()
     told = False
-    while not beat.get("released"):
+    # One that is forgotten has let go too, or has been taken over from, which the next epoch will tell.
+    while holder.host and not beat.get("released"):
         silent_s = time.monotonic() - silent_since
         if _is_dead(holder) or silent_s >= STALE_AFTER_S:
-            _log.warning("%s: taking over from %s, which ended without letting go", out, holder)
+            said = "%s: taking over from %s, which ended without letting go"
+            _log.warning(said, out, holder, extra=PLAIN)
             return False
         if not told:
-            _log.warning("%s is held by %s; seeing whether it lives takes up to a minute", out, holder)
+            said = "%s is held by %s; seeing whether it lives takes up to a minute"
+            _log.warning(said, out, holder, extra=PLAIN)
             told = True
         if stop.wait(min(BEAT_EVERY_S / 4, STALE_AFTER_S - silent_s)):
             raise LeaseError(f"{out} is held by {holder}; stopped while waiting for it")
@@ -156,7 +170,7 @@ def _beat(out: str, epoch: int, over: threading.Event) -> None:
         try:
             _write_beat(out, epoch, {"count": count})
         except StorageError as error:
-            _log.warning("the lease's beat was not written: %s", error)
+            _log.warning("the lease's beat was not written: %s", error, extra=PLAIN)
         if over.wait(BEAT_EVERY_S):
             return
 
@@ -180,6 +194,13 @@ def _holder(out: str, epoch: int) -> Holder:
         return Holder(**json.loads(storage.read_bytes(_url(out, "epoch", epoch))))
     except (ValueError, TypeError):  # another release's
         return Holder(token="", host="an unknown machine", process=0, machine="", born="", since="some time")
+
+
+def _forget(out: str, epoch: int) -> None:
+    """Take machine and process out of an epoch that nobody asks about any more; its name is what counts."""
+    holder = _holder(out, epoch)
+    if holder.process:
+        storage.publish_bytes(json.dumps(asdict(holder.forgotten)).encode(), _url(out, "epoch", epoch))
 
 
 def _epochs(out: str) -> list[int]:

@@ -15,6 +15,7 @@ import ray
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError, WorkerCrashedError
 
 from boomerang_batch.errors import BoomerangError
+from boomerang_batch.run import log_lines
 
 DEATHS = (RayActorError, OutOfMemoryError, WorkerCrashedError)
 """What a call raises whose worker is gone, or out of reach."""
@@ -27,6 +28,7 @@ def connect(address: str) -> bool:
 
     Raises BoomerangError when there is none.
     """
+    log_lines.speak_for("ray")
     if ray.is_initialized():
         return False
     # Ray installs signal handlers of its own; ours decide how a run ends.

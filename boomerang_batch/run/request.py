@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from boomerang_batch import storage
 from boomerang_batch.config.pipeline import Recipe
 from boomerang_batch.data.manifest import Manifest
-from boomerang_batch.errors import ManifestError, PrivateDirError
+from boomerang_batch.errors import ManifestError, PrivateDirError, RecipeError
 from boomerang_batch.run.log_lines import Format
 from boomerang_batch.run.naming import Naming
 from boomerang_batch.run.private import SECRET_VARIABLE, load_secret, prepare_private_dir
 from boomerang_batch.run.record import RunRecord
 from boomerang_batch.run.tasks import Task, WorkerFacts
+
+_SECRET_NAME = re.compile(
+    r"(^|[_-])(token|secret|password|passwd|credentials?|(api|access|private|secret)[_-]?key)$", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +45,29 @@ class RunRequest:
     quiet: bool = False
     log_format: Format = "text"
     """Of workers' log lines; this process's log is set up by whoever owns the process."""
+
+
+def refuse_secrets(recipe: Recipe) -> None:
+    """Refuse what an option for an installed model would tell in run.json, or in a job. Raises RecipeError.
+
+    Options are recorded as they are, for whoever audits or regenerates must load the same model by them; a
+    digest would say that they differ, and not what they were.
+    """
+    for name, value in recipe.model.options.items():
+        if not isinstance(value, str):
+            continue
+        place = f"model.options.{name}"
+        if value and (_SECRET_NAME.search(name) or storage.without_secrets(value) != value):
+            raise RecipeError(
+                f"{place} looks like a secret, and options stand in OUT/run.json; let the model's package read "
+                "it from the environment or from a file, and name that variable or file instead"
+            )
+        if recipe.purpose == "anonymize" and value.startswith(("/", "~", "file:")):
+            raise RecipeError(
+                f"{place} is a path of this machine, and options stand in OUT/run.json, which is to be "
+                "published; name it below a folder that the model's package finds by itself, such as by an "
+                "environment variable of its own"
+            )
 
 
 def open_naming(request: RunRequest) -> Naming:

@@ -62,7 +62,8 @@ class Rows:
             t=t,
             node=schedule.n,
             tau=walk.tau[-1],
-            sigma=schedule.relative_sigma,
+            # Noise over the source limits what an output tells only where the source is not looked at again.
+            sigma=schedule.relative_sigma if self._recipe.method == "boomerang" else None,
             evaluations=schedule.n * passes,
         )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import shutil
 import tempfile
 import threading
 import time
@@ -21,7 +22,9 @@ from boomerang_batch.data.shards import write_shard
 from boomerang_batch.diffusion.threads import use_threads
 from boomerang_batch.errors import ShardError, StoppedError, StorageError
 from boomerang_batch.run import journal, lease, log_lines
+from boomerang_batch.run.coding import FOLDER, Codes, Decoding, Encoding, check_target, codes_home
 from boomerang_batch.run.commit import commit, digest_file, read_marker
+from boomerang_batch.run.discretion import PLAIN
 from boomerang_batch.run.drawing import Drawing
 from boomerang_batch.run.ledger import Ledger
 from boomerang_batch.run.links import write_links
@@ -52,7 +55,14 @@ class Runner:
         engine, walks = load(recipe, device=spec.device, threads=spec.threads, batch_size=spec.batch_size)
         model = engine.denoiser.spec
         stack = stack_of(engine, recipe, threads=spec.threads)
-        self._transform = Transform(recipe, model, walks, naming, stack, flags=flags_of(engine, recipe))
+        self._made_with = (recipe, model, walks, naming, stack)
+        self._flags = flags_of(engine, recipe)
+        self._codes_home = None
+        if recipe.method != "boomerang":
+            check_target(recipe, model)
+            self._codes_home = codes_home(recipe, spec.out, spec.private_dir)
+            storage.make_folder(self._codes_home)
+            storage.sweep(self._codes_home)
         self._drawing = Drawing(engine, dtype=recipe.model.dtype)
         names = ("outputs_total", "output_bytes_total", "shards_done_total", "shards_failed_total", "tasks")
         self._totals = dict.fromkeys(names, 0.0)
@@ -81,7 +91,9 @@ class Runner:
             self._count("shards_failed_total")
             if self._about(task):
                 _log.info("%s", error, extra=self._about(task))
-            return ShardReport(name=task.name, status="quarantined", reason=str(error))
+            # Only the private dir gets this under anonymize, and there the pseudonym alone says nothing.
+            which = "" if self._about(task) else f"shard {task.name} is {storage.without_secrets(task.url)}: "
+            return ShardReport(name=task.name, status="quarantined", reason=f"{which}{error}")
         except OSError as error:
             # Neither the shard (a ShardError) nor OUT (a StorageError): what is left is the scratch disk.
             raise StorageError(
@@ -115,36 +127,76 @@ class Runner:
     def _run(
         self, task: Task, scratch: Path, stopped: Callable[[], bool], progress: Callable[[int], None]
     ) -> Marker:
-        """Draw everything into a ledger, then commit it."""
-        spec = self._spec
-        every = spec.recipe.run.journal_every * spec.recipe.outputs
+        """Make the outputs and commit them; first the shard's codes, where the method goes by codes."""
+        every = self._spec.recipe.run.journal_every * self._spec.recipe.outputs
+        if self._codes_home is None:
+            transform = Transform(*self._made_with, flags=self._flags)
+        else:
+            codes = self._codes(self._codes_home, task, scratch, stopped)
+            transform = Decoding(*self._made_with, flags=self._flags, codes=codes)
         with (
-            Ledger(
-                scratch / "spool", by_pseudonym=spec.recipe.purpose == "anonymize", wants=task.wants
-            ) as ledger,
+            self._ledger(task, scratch) as ledger,
             journal.opened(self._journals, task.name, scratch=scratch, every=every) as kept,
         ):
-            ShardDrawing(
-                task,
-                ledger,
-                drawing=self._drawing,
-                transform=self._transform,
-                journal=kept,
-                keep_originals=spec.recipe.keep_originals,
-                # The reader's messages reach logs, which others may read: under anonymize they name the output.
-                shown=task.url if self._private_dir is None else task.name,
-                about=self._about(task),
-                stopped=stopped,
-                progress=progress,
-            ).run()
-            return self._commit(ledger, task, scratch)
+            self._draw(task, ledger, transform, kept=kept, stopped=stopped, progress=progress)
+            if self._private_dir is not None:
+                write_links(self._private_dir, task, ledger.rows())
+            marker = self._commit(ledger, task, scratch, out=self._spec.out)
+            journal.remove(self._journals, task.name)
+            self._count("shards_done_total")
+            self._count("output_bytes_total", marker.tar_bytes + marker.parquet_bytes)
+            self._count("outputs_total", sum(marker.counts.values()))
+            if BAD & marker.counts.keys():
+                _log_failures(task, ledger)
+            return marker
 
-    def _commit(self, ledger: Ledger, task: Task, scratch: Path) -> Marker:
+    def _codes(self, home: str, task: Task, scratch: Path, stopped: Callable[[], bool]) -> Codes:
+        """The codes of a task, drawn and committed now unless they are there."""
+        marker = read_marker(home, task.name)
+        if marker is None:
+            folder = scratch / "encoding"
+            folder.mkdir()
+            transform = Encoding(*self._made_with)
+            with self._ledger(task, folder) as ledger:
+                self._draw(task, ledger, transform, kept=None, stopped=stopped, progress=lambda count: None)
+                marker = self._commit(ledger, task, folder, out=home)
+            shutil.rmtree(folder)
+        return Codes(home, marker, scratch / FOLDER)
+
+    def _ledger(self, task: Task, folder: Path) -> Ledger:
+        by_pseudonym = self._spec.recipe.purpose == "anonymize"
+        return Ledger(folder / "spool", by_pseudonym=by_pseudonym, wants=task.wants)
+
+    def _draw(
+        self,
+        task: Task,
+        ledger: Ledger,
+        transform: Transform,
+        *,
+        kept: journal.Journal | None,
+        stopped: Callable[[], bool],
+        progress: Callable[[int], None],
+    ) -> None:
+        """Draw everything into a ledger."""
+        ShardDrawing(
+            task,
+            ledger,
+            drawing=self._drawing,
+            transform=transform,
+            journal=kept,
+            keep_originals=self._spec.recipe.keep_originals and not isinstance(transform, Encoding),
+            # The reader's messages reach logs, which others may read: under anonymize they name the output.
+            shown=task.url if self._private_dir is None else task.name,
+            about=self._about(task),
+            stopped=stopped,
+            progress=progress,
+        ).run()
+
+    def _commit(self, ledger: Ledger, task: Task, scratch: Path, *, out: str) -> Marker:
+        """Publish what a ledger holds as a shard of `out`."""
         tar, provenance = scratch / "shard.tar", scratch / "provenance.parquet"
         write_shard(tar, ledger.samples())
         write_rows(provenance, (row for _, row in ledger.rows()))
-        if self._private_dir is not None:
-            write_links(self._private_dir, task, ledger.rows())
         counts: dict[str, int] = dict(sorted(Counter(str(row.status) for _, row in ledger.rows()).items()))
         tar_digest, provenance_digest = digest_file(tar), digest_file(provenance)
         marker = Marker(
@@ -157,13 +209,7 @@ class Runner:
             recipe_digest=self._spec.recipe.digest,
         )
         holding = functools.partial(lease.require, self._spec.out, self._spec.epoch)
-        commit(self._spec.out, marker, tar=tar, provenance=provenance, holding=holding)
-        journal.remove(self._journals, task.name)
-        self._count("shards_done_total")
-        self._count("output_bytes_total", marker.tar_bytes + marker.parquet_bytes)
-        self._count("outputs_total", sum(counts.values()))
-        if BAD & counts.keys():
-            _log_failures(task, ledger)
+        commit(out, marker, tar=tar, provenance=provenance, holding=holding)
         return marker
 
     def _about(self, task: Task) -> dict[str, str]:
@@ -186,4 +232,5 @@ def _log_failures(task: Task, ledger: Ledger) -> None:
     for _, row in ledger.rows():
         if row.status in BAD:
             facts = {"shard": task.name, "key": row.key, "variant": row.variant, "reason": row.reason}
-            _log.info("%s: %s", row.status, row.detail or row.reason, extra=facts)
+            # Under anonymize a row has no detail.
+            _log.info("%s: %s", row.status, row.detail or row.reason, extra={**facts, **PLAIN})

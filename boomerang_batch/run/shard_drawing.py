@@ -17,6 +17,7 @@ from boomerang_batch.data.shards import Sample, Unreadable, read_samples
 from boomerang_batch.diffusion.engine import Draw
 from boomerang_batch.errors import ModelError, SampleError, ShardError, StoppedError, StorageError
 from boomerang_batch.run import log_lines
+from boomerang_batch.run.discretion import PLAIN
 from boomerang_batch.run.drawing import Drawing
 from boomerang_batch.run.guards import RETRIED
 from boomerang_batch.run.journal import Journal
@@ -126,7 +127,7 @@ class ShardDrawing:
         except ModelError as error:
             said = "shard %s: %d outputs stay refused that float32 might have saved: %s"
             shard = self._task.name
-            _log.warning(said, shard, len(suspects), error, extra={"shard": shard})
+            _log.warning(said, shard, len(suspects), error, extra={"shard": shard, **PLAIN})
 
     def _draws_of(self, suspects: Mapping[tuple[int, int], bytes]) -> Iterator[Draw]:
         """The draws behind some outputs. A cascade that is drawn again gives its other passes too.

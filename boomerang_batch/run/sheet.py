@@ -17,6 +17,7 @@ from boomerang_batch.data import fields, images
 from boomerang_batch.data.shards import Sample, read_samples
 from boomerang_batch.errors import BoomerangError, StorageError
 from boomerang_batch.run.commit import TAR_SUFFIX
+from boomerang_batch.run.discretion import PLAIN
 from boomerang_batch.run.naming import Naming, member_key
 from boomerang_batch.run.record import SHEET_NAME
 from boomerang_batch.run.tasks import ShardReport, Task
@@ -55,7 +56,7 @@ def publish_sheets(
         except (StorageError, OSError):
             # A finished run needs its inputs no more, and they may be gone by now.
             said = "the input of shard %s can't be read; %s stays as it is"
-            _log.warning(said, task.name, PAIRS_NAME, extra={"shard": task.name})
+            _log.warning(said, task.name, PAIRS_NAME, extra={"shard": task.name, **PLAIN})
             return
         pairs.append([before[key] for key in after if key in before])
         pairs.append([after[key] for key in after if key in before])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from boomerang_batch.data.images import Picture
 from boomerang_batch.data.provenance import Row
+from boomerang_batch.diffusion.codes import Code
 from boomerang_batch.diffusion.denoiser import Condition
 from boomerang_batch.run.canvas import Canvas
 from boomerang_batch.run.ledger import Source
@@ -68,6 +69,8 @@ class Made:
     batch_size: int
     """The smallest batch shape that any of its steps was computed in; meaningless without an evaluation."""
     dtype: str
+    codes: Sequence[Code] = ()
+    """Those of the pieces, where codes were drawn."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

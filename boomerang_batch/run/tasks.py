@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -101,11 +102,17 @@ class RunReport:
     shards: Mapping[str, int]
     rows: Mapping[str, int]
     problems: tuple[str, ...]
-    """Why shards were quarantined."""
+    """Why shards were quarantined. Under anonymize these sentences tell the inputs: see `discreet`."""
     stopped: bool
     gave_up: str = ""
     """Why the run ended before all was tried, if more failed than its recipe allows."""
     seconds: float = 0.0
+    quarantined: tuple[str, ...] = ()
+    """Names of the quarantined shards."""
+
+    def discreet(self) -> RunReport:
+        """The report with no word that might quote an input."""
+        return dataclasses.replace(self, problems=tuple(f"shard {name}" for name in self.quarantined))
 
     @property
     def exit_code(self) -> int:

@@ -20,6 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from boomerang_batch.data.provenance import BAD
 from boomerang_batch.run.appendix import is_appendix
+from boomerang_batch.run.discretion import PLAIN
 from boomerang_batch.run.tasks import ShardReport
 from boomerang_batch.run.words import pace, span
 
@@ -93,7 +94,8 @@ class Telemetry:
         )
         facts = {"status": report.status, "counts": dict(report.counts), "seconds": report.seconds}
         level = logging.WARNING if report.status == "quarantined" else logging.INFO
-        _log.log(level, "shard %s: %s", report.name, report.status, extra={"shard": report.name, **facts})
+        told = {"shard": report.name, **facts, **PLAIN}
+        _log.log(level, "shard %s: %s", report.name, report.status, extra=told)
         self._show(force=report.status == "quarantined")
 
     def event(self, kind: str, **facts: Any) -> None:

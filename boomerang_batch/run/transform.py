@@ -138,7 +138,7 @@ class Transform:
         """Check, restore and encode what was drawn; `seen` are the task's other outputs. Raises SampleError."""
         prepared, recipe = made.prepared, self._recipe
         number = self.number(made)
-        moved = prepared.walks[made.variant].walk.n > 0
+        moved = self._must_change(prepared, made.variant)
         for piece, x_0 in zip(prepared.canvas.pieces, made.pieces, strict=True):
             check_output(x_0, piece.image, value_range=self._model.value_range)
             if moved:
@@ -165,6 +165,10 @@ class Transform:
             template = self._rows.untouched(passes=made.pass_number, flagged=flagged)
         output = self._output(prepared, number, output_field(prepared.image_field, format), data, template)
         return replace(output, digests=digests)
+
+    def _must_change(self, prepared: Prepared, variant: int) -> bool:
+        """Whether an output can neither be its input nor another's output."""
+        return prepared.walks[variant].walk.n > 0
 
     def check_repeated(
         self, prepared: Prepared, number: int, digests: Sequence[bytes | None], *, seen: Seen

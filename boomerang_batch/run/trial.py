@@ -85,6 +85,11 @@ class Rig:
         two samples looks at all of them. Raises ConfigError at once for a recipe that this model wasn't loaded
         for, and on the way StoppedError, StorageError where the scratch disk fails, and what the engine raises.
         """
+        if recipe.method != "boomerang":
+            raise ConfigError(
+                f"method {recipe.method} goes by codes, which a trial does not draw: sweep, calibrate, "
+                "regenerate and an audit's --redraw know boomerang alone"
+            )
         if _loaded_by(recipe) != _loaded_by(self._recipe):
             raise ConfigError(
                 "a trial's recipe must agree with the one its model was loaded for in model, batch_size, "

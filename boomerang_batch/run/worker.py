@@ -7,15 +7,20 @@ constructor, because an error in a constructor reaches the driver only as a dead
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 
 import ray
 
+from boomerang_batch.errors import BoomerangError
 from boomerang_batch.run import log_lines
+from boomerang_batch.run.logs import discretion_of_worker
 from boomerang_batch.run.metrics import Exporter
 from boomerang_batch.run.runner import Runner
 from boomerang_batch.run.tasks import DEPTH, RunSpec, ShardReport, Task, WorkerFacts, WorkerState
+
+_log = logging.getLogger(__name__)
 
 
 @ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={"work": DEPTH, "ctl": 1})
@@ -23,7 +28,9 @@ class Worker:
     """One model on one device. The driver replaces dead workers; Ray's own restarts are off."""
 
     def __init__(self, spec: RunSpec) -> None:
-        log_lines.set_up(spec.log_format)
+        discretion = discretion_of_worker(spec)
+        log_lines.set_up(spec.log_format, discretion)
+        log_lines.speak_for("ray")
         self._spec = spec
         self._runner: Runner | None = None
         self._load_began: float | None = None
@@ -51,9 +58,17 @@ class Worker:
 
         try:
             return self._runner.run(task, stopped=self._stop.is_set, progress=progress)
+        except Exception as error:
+            if not log_lines.hides(error):
+                raise
+            # Ray shows what a call raised to everyone who may look at the cluster.
+            _log.error("a task failed", exc_info=error)
+            kind = type(error) if isinstance(error, BoomerangError) else RuntimeError
+            failure = kind(log_lines.words(error))
         finally:
             self._finished.pop(task.name, None)
             self._metrics.export(self._runner.totals)  # nobody may ask it again
+        raise failure
 
     @ray.method(concurrency_group="ctl")
     def state(self) -> WorkerState:

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from boomerang_batch import installed
 from boomerang_batch.errors import ConfigError
-from boomerang_batch.measures.embedders import efficientnet, faces, installed, pixels
+from boomerang_batch.measures.embedders import efficientnet, faces, pixels
 from boomerang_batch.measures.embedders.contract import CheckedEmbedder, Embedder, Features
 from boomerang_batch.measures.images import Images, check_images
 
-__all__ = ["BUILT_IN", "Embedder", "Features", "Images", "load", "names"]
+__all__ = ["BUILT_IN", "GROUP", "Embedder", "Features", "Images", "load", "names"]
+
+GROUP = "boomerang_batch.embedders"
+"""Of the entry points that installed packages bring more through, called as factory(fit_on)."""
 
 BUILT_IN: dict[str, Callable[[Images], Embedder]] = {
     "pixels": pixels.of_pixels,
@@ -35,19 +39,20 @@ def load(name: str, *, fit_on: Images) -> Embedder:
     """
     check_images(fit_on)
     if name in BUILT_IN:
-        made = BUILT_IN[name](fit_on)
-    elif name in installed.installed_names():
-        made = installed.load_installed(name, fit_on)
+        checked = CheckedEmbedder(BUILT_IN[name](fit_on))
+    elif name in installed.names(GROUP):
+        where = f"--embedder {name}"
+        entry = installed.find(GROUP, name, where=where, error=ConfigError)
+        checked = CheckedEmbedder(installed.make(entry, fit_on, where=where, error=ConfigError), entry=entry)
     else:
         raise ConfigError(
             f"--embedder {name}: there is none; there are {', '.join(names())}. One of your own joins in "
-            f"through the entry point group {installed.GROUP}: install its package into this environment"
+            f"through the entry point group {GROUP}: install its package into this environment"
         )
-    checked = CheckedEmbedder(made)
     checked.embed(fit_on[:1])
     return checked
 
 
 def names() -> list[str]:
     """What `load` knows: the tool's own, and then those installed."""
-    return [*BUILT_IN, *(name for name in installed.installed_names() if name not in BUILT_IN)]
+    return [*BUILT_IN, *(name for name in installed.names(GROUP) if name not in BUILT_IN)]

@@ -1,29 +1,27 @@
 """The contract of an embedder, and the check that holds it to it.
 
-Nobody who audits can see from a number that its features were wrong. So every batch is checked: one row per
-image, float32, finite, as wide as the others; a row of NaN, and only a whole one, means that nothing was found.
+Every batch is checked: one row per image, float32, finite, as wide as the others; a row of NaN, and only a
+whole one, means that nothing was found.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from boomerang_batch.errors import BoomerangError, ConfigError, MeasureError
-from boomerang_batch.measures.images import Images, check_images
+from boomerang_batch.errors import ConfigError, MeasureError
+from boomerang_batch.measures.given import answers, introduced
+from boomerang_batch.measures.images import Images
 
 Features = NDArray[np.float32]
 """(N, d); a row of NaN: nothing was found in that image."""
-
-BATCH = 32
-"""Images that an embedder gets at a time: what it needs then doesn't grow with the number of images."""
 
 
 class Embedder(Protocol):
@@ -57,38 +55,22 @@ class CheckedEmbedder:
     """
 
     made: Any
+    entry: EntryPoint | None = None
+    """What it was installed as; None where it comes with the tool."""
     _width: int | None = None
 
     def __post_init__(self) -> None:
-        self.name: str = _said(self.made, "name")
-        self.digest: str = _said(self.made, "digest")
-        self.licence: str = _said(self.made, "licence")
-        if re.fullmatch("[0-9a-f]{64}", self.digest) is None:
-            raise ConfigError(
-                f"embedder {self.name}: its digest {self.digest!r} is no SHA-256 (64 hex digits) of its weights"
-            )
-        if not callable(getattr(self.made, "embed", None)):
-            raise ConfigError(f"embedder {self.name}: it has no method embed; see docs/embedders.md")
+        self.name, self.digest, self.licence = introduced(
+            self.made, "embedder", method="embed", entry=self.entry
+        )
 
     def embed(self, images: Images) -> Features:
         """See Embedder."""
-        check_images(images)
-        parts = [self._batch(images[start : start + BATCH]) for start in range(0, len(images), BATCH)]
+        parts = []
+        for features, count in answers(self.made.embed, images, who=f"embedder {self.name}"):
+            self._check(features, count)
+            parts.append(np.ascontiguousarray(features))
         return np.concatenate(parts)
-
-    def _batch(self, images: Images) -> Features:
-        try:
-            features = self.made.embed(images)
-        except BoomerangError:
-            raise
-        except Exception as error:  # someone else's code may raise anything
-            reason = " ".join(str(error).split())
-            raise MeasureError(
-                f"embedder {self.name} failed on images of shape {images.shape}: {type(error).__name__}: "
-                f"{reason}"
-            ) from error
-        self._check(features, len(images))
-        return np.ascontiguousarray(features)
 
     def _check(self, features: Any, count: int) -> None:
         if not isinstance(features, np.ndarray) or features.dtype != np.float32:
@@ -131,12 +113,3 @@ def package_folder(package: str) -> Path | None:
     found = importlib.util.find_spec(package)
     places = None if found is None else found.submodule_search_locations
     return Path(places[0]) if places else None
-
-
-def _said(made: Any, name: str) -> str:
-    value = getattr(made, name, None)
-    if not isinstance(value, str) or not value:
-        raise ConfigError(
-            f"embedder {made!r}: its {name} is {value!r}; it must be a text, see docs/embedders.md"
-        )
-    return value

@@ -23,6 +23,7 @@ from boomerang_batch.data.manifest import Manifest, ShardEntry
 from boomerang_batch.errors import ConfigError, PrivateDirError
 from boomerang_batch.run.jobs.job import TOOL
 from boomerang_batch.run.private import SECRET_VARIABLE
+from boomerang_batch.run.request import refuse_secrets
 
 STOP_WAIT_S = 120
 """How long a stopped job may take to come to a batch boundary before Ray kills it."""
@@ -97,6 +98,7 @@ def _run_id(wish: Wish) -> str:
 
 
 def _refuse_secrets(wish: Wish) -> None:
+    refuse_secrets(wish.recipe)
     named = [("PIPELINE", wish.pipeline), ("MANIFEST", wish.manifest), ("OUT", wish.out)]
     named.append((f"model.source in {wish.pipeline}", wish.recipe.model.source))
     if _file("manifests", wish.manifest) is not None:

@@ -1,0 +1,183 @@
+"""Methods that go by codes: a shard's codes are drawn and kept first, and its outputs made of them.
+
+Codes are a shard of their own with rows and a marker, committed like any other, so that what was drawn is not
+drawn again. They give the sources back, so under anonymize they lie in the private dir.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from boomerang_batch import storage
+from boomerang_batch.config.pipeline import Recipe
+from boomerang_batch.data import fields
+from boomerang_batch.data.codes import FIELD, code_bytes, read_codes
+from boomerang_batch.data.provenance import Marker
+from boomerang_batch.data.scan import Measured
+from boomerang_batch.data.shards import Sample, check_name, read_samples
+from boomerang_batch.diffusion.codes import Code
+from boomerang_batch.diffusion.denoiser import Condition, DenoiserSpec
+from boomerang_batch.diffusion.engine import Draw
+from boomerang_batch.errors import ConfigError, PrivateDirError, SampleError, StorageError
+from boomerang_batch.run.commit import TAR_SUFFIX
+from boomerang_batch.run.guards import Seen
+from boomerang_batch.run.naming import member_key
+from boomerang_batch.run.stages import Made, Output, Prepared
+from boomerang_batch.run.transform import Transform
+
+FOLDER = "codes"
+
+
+def codes_home(recipe: Recipe, out: str, private_dir: str | None) -> str:
+    """Where a run keeps its codes: in OUT, or where nothing may be told of the sources, in the private dir."""
+    if recipe.purpose != "anonymize":
+        return storage.join(out, FOLDER)
+    if private_dir is None:
+        raise PrivateDirError(
+            f"method {recipe.method} keeps codes, which give the sources back: give --private-dir DIR"
+        )
+    return storage.join(private_dir, FOLDER)
+
+
+def check_target(recipe: Recipe, model: DenoiserSpec) -> None:
+    """Raise ConfigError for a target that means nothing to the model."""
+    target = recipe.target
+    if target is None:
+        return
+    if target.label is not None and (model.conditioning != "label" or target.label >= (model.classes or 0)):
+        raise ConfigError(
+            f"target.label {target.label} is no class of this model, which has {model.classes or 'none'}"
+        )
+    if target.prompt is not None and model.conditioning != "prompt":
+        raise ConfigError("target.prompt: this model is told no prompts")
+    if target.field is not None and model.conditioning == "none":
+        raise ConfigError("target.field: this model is told neither a class nor a prompt")
+
+
+class Encoding(Transform):
+    """Draws codes instead of outputs: of a sample's variants, the code of each."""
+
+    def draws(self, prepared: Prepared) -> Iterator[Draw]:
+        """As a Transform does, along a path."""
+        for draw in super().draws(prepared):
+            yield dataclasses.replace(draw, path=cast("Any", self._recipe.method))
+
+    def finish(self, made: Made, *, seen: Seen) -> Output:
+        """Check and encode the codes of one variant. Raises SampleError."""
+        prepared, number = made.prepared, self.number(made)
+        if not all(_is_finite(code) for code in made.codes):
+            raise SampleError("non-finite-output", "the model returned NaN or infinity; try dtype float32")
+        data = code_bytes(made.codes)
+        key = self._naming.row_key(shard=prepared.shard, key=prepared.source.key or "", variant=number)
+        row = dataclasses.replace(
+            self._rows.drawn(
+                prepared.walks[made.variant].walk,
+                t=prepared.walks[made.variant].t,
+                passes=made.pass_number,
+                batch_size=made.batch_size,
+                dtype=made.dtype,
+                flagged=None,
+            ),
+            key=key,
+            variant=number,
+            source_digest=self._naming.source_digest(prepared.image, row_key=key),
+            output_digest=hashlib.sha256(data).hexdigest(),
+        )
+        name = member_key(self._recipe, key, number)
+        check_name(name, FIELD)
+        return Output(row=row, member_key=name, fields={FIELD: data})
+
+
+class Decoding(Transform):
+    """Makes outputs of the codes of one shard, under the recipe's target."""
+
+    def __init__(self, *arguments: Any, codes: Codes, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._codes = codes
+
+    def prepare(self, sample: Sample, *, shard: str) -> Prepared:
+        """As a Transform does, to be told the target. Raises SampleError too where a code is missing."""
+        prepared = super().prepare(sample, shard=shard)
+        for variant in range(self._recipe.variants):
+            self._codes.require(self._name(prepared, variant))
+        target = self._target(sample, prepared.condition)
+        if self._recipe.purpose == "anonymize" and target == prepared.condition:
+            raise SampleError(
+                "target-is-source", "it is what it is to become, and its code would give back the source"
+            )
+        return dataclasses.replace(prepared, condition=target)
+
+    def draws(self, prepared: Prepared) -> Iterator[Draw]:
+        """As a Transform does, fed the codes."""
+        codes: list[Code] = []
+        for draw in super().draws(prepared):
+            if draw.tag.index == 0:
+                codes = read_codes(
+                    self._codes.read(self._name(prepared, draw.tag.variant)),
+                    pieces=len(prepared.canvas.pieces),
+                    steps=draw.walk.n,
+                )
+            yield dataclasses.replace(draw, code=codes[draw.tag.index])
+
+    def _must_change(self, prepared: Prepared, variant: int) -> bool:
+        """A code may give back its image, which is what it is for, unless the image is to be hidden."""
+        return self._recipe.purpose == "anonymize" and super()._must_change(prepared, variant)
+
+    def _name(self, prepared: Prepared, variant: int) -> str:
+        key = self._naming.row_key(shard=prepared.shard, key=prepared.source.key or "", variant=variant)
+        return member_key(self._recipe, key, variant)
+
+    def _target(self, sample: Sample, source: Condition) -> Condition:
+        """What the sample is to become; what it is, where the recipe has no target."""
+        target = self._recipe.target
+        if target is None:
+            return source
+        if target.field is None:
+            return target.prompt if target.label is None else target.label
+        name = target.field.lower()
+        if self._model.conditioning == "prompt":
+            return fields.read_text(sample, name)
+        label = fields.read_label(sample, name)
+        if not 0 <= label < (self._model.classes or 0):
+            raise SampleError("label-out-of-range", f"field {name} holds {label}, no class of this model")
+        return label
+
+
+class Codes:
+    """The codes of one shard, unpacked into a local folder by the names that they have there."""
+
+    def __init__(self, home: str, marker: Marker, folder: Path) -> None:
+        """Read them. Raises StorageError where the shard is not what its marker says."""
+        folder.mkdir()
+        self._places: dict[str, Path] = {}
+        url = storage.join(home, marker.stem + TAR_SUFFIX)
+        with storage.open_read(url) as stream:
+            measured = Measured(stream)
+            for item in read_samples(cast("BinaryIO", measured), shard=url):
+                if isinstance(item, Sample) and FIELD in item.fields:
+                    place = folder / f"{len(self._places)}.safetensors"
+                    place.write_bytes(item.fields[FIELD])
+                    self._places[item.key] = place
+            measured.finish()
+        if measured.digest != marker.tar_sha256:
+            raise StorageError(
+                f"{url} does not have the digest its marker says; remove it with its marker, and its codes are "
+                "drawn again"
+            )
+
+    def require(self, name: str) -> None:
+        """Raise SampleError where there is no code of this name."""
+        if name not in self._places:
+            raise SampleError("no-code", "no code could be drawn of it; the rows of the codes say why")
+
+    def read(self, name: str) -> bytes:
+        """The code of this name, as it is kept."""
+        return self._places[name].read_bytes()
+
+
+def _is_finite(code: Code) -> bool:
+    return bool(code.x_n.isfinite().all()) and (code.residuals is None or bool(code.residuals.isfinite().all()))

@@ -1,0 +1,199 @@
+"""Methods that go by codes, through the runner: the artefact, what is made of it, and what a stop costs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from boomerang_batch.audit.audit import AuditRequest, audit
+from boomerang_batch.config.blocks import Gates
+from boomerang_batch.data.codes import FIELD, code_bytes, read_codes
+from boomerang_batch.data.manifest import load_manifest
+from boomerang_batch.data.provenance import read_rows
+from boomerang_batch.errors import ConfigError, RecipeError, SampleError
+from boomerang_batch.run import runner as running
+from boomerang_batch.run.verify import verify
+from tests import worlds
+
+METHODS = ("dpm-encoder", "edit-friendly")
+OTHER = "target.label=2"
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    return worlds.save_shards(tmp_path / "in", shards=2, samples=3)
+
+
+def coded(model: Path, method: str, *more: str, purpose: str = "augment"):
+    return worlds.recipe(model, f"method={method}", *more, purpose=purpose)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_without_a_target_every_image_comes_back(tmp_path, tiny_model, manifest, method):
+    out = tmp_path / "out"
+    assert worlds.run(coded(tiny_model, method, "variants=2"), manifest, out).rows == {"ok": 12}
+    assert verify(str(out), deep=True).problems == ()
+    for key, fields in worlds.outputs(out).items():
+        number = int(key.removeprefix("img").partition("-")[0])
+        source = worlds.pixels(worlds.png(number)).astype(int)
+        assert np.abs(worlds.image_of(fields).astype(int) - source).max() <= 1
+    for row in worlds.rows(out):
+        assert row.sigma is None  # no noise over the source is what hides it
+        assert row.evaluations == row.node
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_target_changes_what_was_not_it_and_nothing_else(tmp_path, tiny_model, manifest, method):
+    out = tmp_path / "out"
+    assert worlds.run(coded(tiny_model, method, OTHER), manifest, out).rows == {"ok": 6}
+    for key, fields in worlds.outputs(out).items():
+        number = int(key.removeprefix("img"))
+        apart = np.abs(worlds.image_of(fields).astype(int) - worlds.pixels(worlds.png(number)).astype(int))
+        assert (apart.max() > 1) == (number % worlds.CLASSES != 2)
+    assert {row.label for row in worlds.rows(out)} == {2}
+
+
+def test_the_target_may_be_a_field_of_each_sample(tmp_path, tiny_model):
+    samples = {f"img{i}": {"png": worlds.png(i), "cls": b"0", "to.cls": str(i).encode()} for i in (1, 2, 7)}
+    manifest = worlds.save_samples(tmp_path / "in", samples)
+    out = tmp_path / "out"
+    recipe = coded(tiny_model, "edit-friendly", "target.field=to.cls", "fields.fields={cls: keep}")
+    assert worlds.run(recipe, manifest, out).rows == {"failed": 1, "ok": 2}
+    found = {row.key: (row.status, row.reason, row.label) for row in worlds.rows(out)}
+    assert found["img1"] == ("ok", None, 1)
+    assert found["img2"] == ("ok", None, 2)
+    assert found["img7"][:2] == ("failed", "label-out-of-range")
+
+
+def test_codes_are_kept_as_a_shard_with_rows_and_a_marker_and_not_drawn_again(
+    tmp_path, tiny_model, manifest, monkeypatch
+):
+    out, recipe = tmp_path / "out", coded(tiny_model, "edit-friendly", OTHER)
+    worlds.run(recipe, manifest, out)
+    kept = worlds.tree(out)
+    rows = read_rows(out / "codes" / "s-000.parquet")
+    assert [row.key for row in rows] == ["img00000", "img00001", "img00002"]
+    assert all(row.output_digest and row.pixel_digest is None for row in rows)
+    codes = worlds.read_output(out / "codes", "s-000")
+    assert [list(fields) for _, fields in codes] == [[FIELD]] * 3
+
+    for name in ("s-000_stats.json", "s-000.tar", "s-000.parquet"):
+        (out / name).unlink()
+    encodings = []
+    real = running.Encoding
+    monkeypatch.setattr(running, "Encoding", lambda *made: encodings.append(made) or real(*made))
+    worlds.run(recipe, manifest, out)
+    assert worlds.tree(out) == kept
+    assert encodings == []
+
+
+def test_codes_that_were_harmed_are_refused(tmp_path, tiny_model, manifest):
+    out, recipe = tmp_path / "out", coded(tiny_model, "dpm-encoder", OTHER)
+    worlds.run(recipe, manifest, out)
+    (out / "s-000_stats.json").unlink()
+    tar = out / "codes" / "s-000.tar"
+    data = bytearray(tar.read_bytes())
+    data[700] ^= 1
+    tar.write_bytes(bytes(data))
+    with pytest.raises(Exception, match="does not have the digest its marker says"):
+        worlds.run(recipe, manifest, out)
+
+
+def test_under_anonymize_codes_lie_in_the_private_dir_alone(tmp_path, tiny_model, manifest, secret):
+    out = tmp_path / "out"
+    recipe = coded(tiny_model, "edit-friendly", OTHER, purpose="anonymize")
+    assert worlds.run(recipe, manifest, out).rows == {"failed": 1, "ok": 5}
+    assert not (out / "codes").exists()
+    assert len(list((tmp_path / "out-private" / "codes").glob("*.tar"))) == 2
+    assert {row.reason for row in worlds.rows(out) if row.status == "failed"} == {"target-is-source"}
+    with pytest.raises(RecipeError, match="without a target gives back the input"):
+        coded(tiny_model, "edit-friendly", purpose="anonymize")
+
+
+def test_a_sample_without_a_code_fails_alone(tmp_path, tiny_model):
+    good = {"png": worlds.png(1), "cls": b"1"}
+    manifest = worlds.save_samples(
+        tmp_path / "in", {"a": good, "b": {"png": b"no image", "cls": b"1"}, "c": good | {"png": worlds.png(3)}}
+    )
+    out = tmp_path / "out"
+    assert worlds.run(coded(tiny_model, "edit-friendly", OTHER), manifest, out).rows == {"failed": 1, "ok": 2}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["method=boomerang", OTHER], "boomerang makes none"),
+        (["method=dpm-encoder", "sampler.eta=0"], "eta must be above 0"),
+        (["method=edit-friendly", "sampler={eta: 0, order: 2}"], "order 1"),
+        (["method=edit-friendly", "passes.count=2"], "without passes"),
+        (["method=edit-friendly", "region.field=mask.png"], "without region"),
+        (["method=edit-friendly", "target={label: 1, field: x.cls}"], "one of label, prompt and field"),
+    ],
+)
+def test_what_a_method_is_not_defined_for_is_refused(tiny_model, overrides, says):
+    with pytest.raises(RecipeError, match=says):
+        worlds.recipe(tiny_model, *overrides, purpose="augment")
+
+
+@pytest.mark.parametrize(("target", "says"), [("label: 5", "no class"), ("prompt: a cat", "told no prompts")])
+def test_a_target_that_the_model_can_not_be_told_ends_the_run(tmp_path, tiny_model, manifest, target, says):
+    recipe = coded(tiny_model, "edit-friendly", f"target={{{target}}}")
+    with pytest.raises(ConfigError, match=says):
+        worlds.run(recipe, manifest, tmp_path / "out")
+
+
+def test_bytes_that_are_no_code_are_refused():
+    with pytest.raises(SampleError, match="no code"):
+        read_codes(b"nothing", pieces=1, steps=2)
+    with pytest.raises(SampleError, match="no code"):
+        read_codes(code_bytes([]), pieces=1, steps=2)
+
+
+def test_an_audit_draws_nothing_anew_and_certifies_nothing(tmp_path, tiny_model):
+    manifest, out = worlds.save_shards(tmp_path / "in", shards=2, samples=12), tmp_path / "out"
+    worlds.run(coded(tiny_model, "edit-friendly", OTHER), manifest, out)
+    found = audit(
+        AuditRequest(
+            out=str(out),
+            manifest=load_manifest(str(manifest)),
+            embedders=("pixels",),
+            samples=24,
+            redraws=10,
+            gates=Gates(),
+        )
+    )
+    assert {one.subject for one in found.readings} == {"outputs", "sources", "unrelated"}
+    assert any("looks at the source again" in reason for reason in found.bound.reasons)
+    assert any("nothing was drawn anew, which method edit-friendly" in text for text in found.warnings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_that_is_killed_between_codes_and_outputs_ends_in_the_same_bytes(tmp_path, tiny_model, method):
+    manifest = worlds.save_shards(tmp_path / "in", shards=3, samples=12)
+    recipe = coded(tiny_model, method, OTHER, "variants=2")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    worlds.run(recipe, manifest, whole)
+
+    pipeline = tmp_path / "recipe.yaml"
+    pipeline.write_text(worlds.recipe_text(tiny_model, purpose="augment"))
+    words = [sys.executable, "-m", "boomerang_batch", "run", str(pipeline), str(manifest), str(killed)]
+    words += ["--device", "cpu", "--threads", "1", "--set", f"method={method}", "--set", OTHER]
+    began = subprocess.Popen([*words, "--set", "variants=2"], stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 100
+    while not list(killed.glob("codes/*_stats.json")) and time.monotonic() < until and began.poll() is None:
+        time.sleep(0.005)
+    began.kill()
+    began.wait()
+    assert list(killed.glob("codes/*_stats.json"))
+
+    worlds.run(recipe, manifest, killed)
+    expected = worlds.tree(whole)
+    found = worlds.tree(killed)
+    assert expected.keys() == found.keys()
+    assert [name for name in expected if found[name] != expected[name] and name != "run.json"] == []
