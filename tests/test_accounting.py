@@ -222,6 +222,7 @@ def test_impossible_figures_are_refused(delta, sigmas):
         mu(delta, sigmas)
 
 
+@pytest.mark.slow
 @given(st.floats(0.01, 100), st.lists(st.floats(0.01, 100), min_size=1, max_size=8))
 def test_more_observations_and_less_noise_never_hide_more(delta, sigmas):
     whole = mu(delta, sigmas)

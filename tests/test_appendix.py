@@ -96,6 +96,7 @@ def test_what_fails_again_fails_and_what_is_mended_later_is_mended(tmp_path, tin
     assert worlds.run(recipe, manifest, out).rows == {"ok": 2 * SAMPLES}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("secret")
 def test_without_the_links_nobody_knows_whose_sample_failed(tmp_path, tiny_model, monkeypatch, manifest):
     recipe = worlds.recipe(tiny_model)
@@ -108,6 +109,7 @@ def test_without_the_links_nobody_knows_whose_sample_failed(tmp_path, tiny_model
         worlds.run(recipe, manifest, tmp_path / "out", only_failed=True)
 
 
+@pytest.mark.slow
 def test_verify_finds_an_appendix_that_is_none(tmp_path, tiny_model, monkeypatch, manifest):
     recipe = worlds.recipe(tiny_model, purpose="augment")
     out = tmp_path / "out"

@@ -40,6 +40,7 @@ def boomeranged(seed, *, records, variances, sigma):
 SPECTRUM = np.geomspace(4, 0.01, 24)
 
 
+@pytest.mark.slow
 def test_on_gaussian_data_it_reaches_the_optimum_which_plain_distances_do_not():
     outputs, sources, *best = boomeranged(2, records=4000, variances=np.geomspace(1, 0.05, 64), sigma=1.0)
     groups = np.arange(4000) % 10
@@ -94,6 +95,7 @@ def test_groups_means_are_taken_out():
     assert found.linkability.rank[1].value > optimum - 4 * math.sqrt(optimum * (1 - optimum) / 1500)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [8, 300])
 def test_unrelated_outputs_stay_at_chance(size):
     """More features than pairs leave room to learn by heart, which is of no use on others."""

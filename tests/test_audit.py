@@ -92,6 +92,7 @@ def rank1(found: Findings, subject: str, attacker: str = readings.NEAREST) -> li
     return [one.value for one in found.of("rank-1", subject) if one.attacker == attacker]
 
 
+@pytest.mark.slow
 def test_every_control_is_where_it_belongs(found: Findings):
     assert rank1(found, "sources") == [1, 1]
     assert min(rank1(found, AT_0)) == 1  # a model of pixels: nothing hides
@@ -185,6 +186,7 @@ def test_a_gate_is_judged_by_the_bad_end(found: Findings):
         judge(nothing, Gates(max_tar=0.5))
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_4_where_a_gate_is_broken(world: tuple[Path, Path, Recipe], tmp_path: Path):
     out, manifest, _ = world
     words = ["audit", str(out), "--against", str(manifest), "--redraw", "0", "--save", str(tmp_path / "a.json")]
@@ -209,6 +211,7 @@ class Even:
         return [0] * len(images)
 
 
+@pytest.mark.slow
 def test_images_besides_and_a_given_classifier_are_told_by_number_alone(
     world: tuple[Path, Path, Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -342,6 +345,7 @@ def test_findings_are_not_saved_where_they_would_be_published(world: tuple[Path,
     assert not (out / "audit.json").exists()
 
 
+@pytest.mark.slow
 def test_outputs_that_anyone_may_link_are_measured_too(tmp_path: Path, tiny_model: Path):
     manifest = save_world(tmp_path / "in")
     worlds.run(worlds.recipe(tiny_model, purpose="augment"), manifest, tmp_path / "out")
@@ -350,6 +354,7 @@ def test_outputs_that_anyone_may_link_are_measured_too(tmp_path: Path, tiny_mode
     assert told.bound.promises == ()
 
 
+@pytest.mark.slow
 def test_little_noise_on_the_way_back_is_warned_of(tmp_path: Path, tiny_model: Path):
     manifest = save_world(tmp_path / "in")
     worlds.run(worlds.recipe(tiny_model, "sampler.eta=0.0"), manifest, tmp_path / "out")
@@ -406,6 +411,7 @@ def rig(world: tuple[Path, Path, Recipe]):
         yield open_rig
 
 
+@pytest.mark.slow
 def test_a_sweep_shows_each_t(world: tuple[Path, Path, Recipe], rig: Rig):
     _, manifest, recipe = world
     [samples] = choose(load_manifest(str(manifest)), 30)
@@ -445,6 +451,7 @@ def test_calibrate_finds_the_least_t(rig: Rig, world: tuple[Path, Path, Recipe])
     assert not reached[f"fraction={told.beside:g}"]
 
 
+@pytest.mark.slow
 def test_calibrate_says_that_no_t_reaches_a_target(rig: Rig, world: tuple[Path, Path, Recipe]):
     told = searched(rig, world, "psnr>=90")
     assert (told.t, told.checked, told.holds) == (None, None, False)

@@ -57,6 +57,7 @@ def test_a_fixed_batch_that_does_not_fit_says_which_does(
         worlds.run(stand_ins.recipe("batch_size=8"), manifest, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_on_the_way_loses_nothing(
     tmp_path: Path, manifest: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -148,6 +149,7 @@ def test_an_automatic_batch_is_probed_once_and_frozen(
     assert worlds.tree(out) == worlds.tree(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_the_real_probe_finds_a_size_that_runs(tmp_path: Path, tiny_model: Path):
     manifest = worlds.save_shards(tmp_path / "few", shards=1, samples=2)
     worlds.run(worlds.recipe(tiny_model, "batch_size=auto"), manifest, tmp_path / "out")
@@ -223,6 +225,7 @@ def test_on_ray_the_first_worker_probes_and_the_others_are_told(
     assert start() == [None, None, None]
 
 
+@pytest.mark.slow
 def test_a_batch_of_another_run_is_no_batch_of_this_one(
     tmp_path: Path, tiny_model: Path, manifest: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -276,6 +279,7 @@ class Unhurried(Pixelwise):
         return super().denoise(x_t, tau, conditions)
 
 
+@pytest.mark.slow
 def test_one_shards_last_samples_share_their_calls_with_the_nexts_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

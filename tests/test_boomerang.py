@@ -73,6 +73,7 @@ def test_it_is_algorithm_1_written_out():
     assert torch.equal(boomerang(x_0, oracle, schedule, solver, GivenNoise(draws[0], draws)), x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("timestep", [1, 53, 400, 1000])
 @pytest.mark.parametrize("steps", [1, 20, 1000])
 def test_one_evaluation_and_one_draw_per_node_downwards(timestep, steps):
@@ -139,6 +140,7 @@ def test_a_perfect_denoiser_undoes_the_jump_without_fresh_noise():
         assert torch.allclose(out, x_0, rtol=0, atol=1e-11)
 
 
+@pytest.mark.slow
 @given(timestep=st.integers(1, 1000), steps=st.integers(1, 30), eta=st.floats(0, 1))
 @settings(max_examples=12, deadline=None)
 def test_rows_do_not_see_each_other(timestep, steps, eta):
@@ -151,6 +153,7 @@ def test_rows_do_not_see_each_other(timestep, steps, eta):
         assert torch.equal(together[row], alone[0])
 
 
+@pytest.mark.slow
 def test_distance_to_the_input_grows_with_t_at_equal_seeds():
     """Two modes, keyed noise, the fractions the project promises; and labels flip more often."""
     count = 4000

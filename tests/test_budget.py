@@ -35,6 +35,7 @@ def test_what_is_allowed_is_allowed_and_one_more_is_not():
     assert "2 shards failed" in spending.add(failed(status="quarantined"))
 
 
+@pytest.mark.slow
 def test_a_run_over_its_budget_ends_early_with_exit_1_and_resumes(tmp_path, tiny_model):
     manifest = worlds.save_shards(tmp_path / "in", shards=8, samples=3)
     for shard in sorted((tmp_path / "in").glob("*.tar"))[:4]:

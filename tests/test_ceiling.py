@@ -52,6 +52,7 @@ def apart(measured, ceiling):
     return abs(measured.value - ceiling.value) / math.sqrt(error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sigma", [0.8, 2.0, 6.0])
 @pytest.mark.parametrize("within", [True, False])
 def test_a_denoiser_that_changes_nothing_attains_it(sigma, within):
@@ -115,6 +116,7 @@ def test_knowing_the_label_raises_it():
     assert without.chance[1] == pytest.approx(1 / 600)
 
 
+@pytest.mark.slow
 def test_two_records_are_told_apart_as_often_as_the_bound_says():
     """A group of two is the two-candidate problem: Phi(Delta / (2 sigma))."""
     pairs, sigma = 1500, 1.3

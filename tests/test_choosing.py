@@ -100,6 +100,7 @@ def accuracy(distance: float, sigma: float) -> float:
     return NormalDist().cdf(distance / sigma / 2)
 
 
+@pytest.mark.slow
 def test_the_certified_accuracy_is_that_of_the_sources_and_the_noise(told: Sweep, parts: list[list[Chosen]]):
     distances = apart(parts[0])
     expected = {"least": min(distances), "median": median(distances), "largest": 2 * math.sqrt(PIXELS)}
@@ -123,6 +124,7 @@ def test_the_distance_is_what_psnr_has_in_decibels(told: Sweep):
         assert figure(level, "median-distance") == pytest.approx(10 ** (-psnr / 20), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_more_variants_show_more(rig: Rig, recipe: Recipe, parts: list[list[Chosen]], told: Sweep):
     twice = recipe.model_copy(update={"variants": 2})
     [level] = sweep(rig, twice, parts[0], [("sigma", 2.0)], embedders=(), shown=1).levels
@@ -152,6 +154,7 @@ def searched(rig: Rig, recipe: Recipe, parts: list[list[Chosen]], text: str) -> 
     return calibrate(rig, recipe, parts[0], parts[1], Target.parse(text), embedders=())
 
 
+@pytest.mark.slow
 def test_a_certified_target_is_reached_at_the_least_t(rig: Rig, recipe: Recipe, parts: list[list[Chosen]]):
     walks = Walks(recipe, rig.model)
     sigmas = {step: walks.at("fraction", step / 20).schedule.relative_sigma for step in range(1, 21)}
@@ -166,6 +169,7 @@ def test_a_certified_target_is_reached_at_the_least_t(rig: Rig, recipe: Recipe, 
     assert found.told(found.checked) == f"certified@median · outputs {checked:.3g} (by chance 0.5)"
 
 
+@pytest.mark.slow
 def test_a_distance_is_reached_from_some_t_on(rig: Rig, recipe: Recipe, parts: list[list[Chosen]]):
     everything = searched(rig, recipe, parts, "distance>=.0001")
     assert (everything.t, everything.beside) == (0.05, None)
@@ -248,6 +252,7 @@ def pipeline(tmp_path: Path, tiny_model: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_sweep_writes_pictures_and_numbers(pipeline: Path, manifest: Path, tmp_path: Path):
     words = ("sweep", pipeline, manifest, "--t", "0,.5", "--samples", SAMPLES, "--device", "cpu")
     code, said, _ = command(*words, "--threads", 1, "--embedder", "pixels", "-o", tmp_path / "sweep")

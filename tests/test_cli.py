@@ -35,6 +35,7 @@ def manifest(tmp_path: Path) -> Path:
     return worlds.save_shards(tmp_path / "in", shards=2, samples=3)
 
 
+@pytest.mark.slow
 def test_run_reports_for_people_and_for_programs(tmp_path: Path, pipeline: Path, manifest: Path):
     options = ("--threads", 1, "--device", "cpu")
     first = call("run", pipeline, manifest, tmp_path / "out", *options)

@@ -40,6 +40,7 @@ def rms(values: Tensor) -> float:
     return float(values.square().mean().sqrt())
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     t=st.integers(1, 1000),
@@ -154,6 +155,7 @@ def test_a_mirrored_code_is_the_code_of_the_mirrored_image(path):
 # --- DDIM inversion ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [10, 20, 40, 80, 160, 500])
 def test_the_round_trip_of_inversion_has_the_gain_of_its_closed_form(steps):
     """Of Gaussian data, whose every step multiplies; small steps lose less."""

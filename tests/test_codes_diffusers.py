@@ -81,6 +81,7 @@ def far(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eta", [0.1, 1.0])
 @pytest.mark.parametrize("strength", [0.3, 0.8, 1.0])
 def test_cycle_diffusion_is_diffusers(strength, eta, monkeypatch):
@@ -122,6 +123,7 @@ def test_cycle_diffusion_is_diffusers(strength, eta, monkeypatch):
     assert far(ours, x_0) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("skip", [0.0, 0.3])
 def test_edit_friendly_inversion_is_that_of_ledits(skip, monkeypatch):
     """But for eta below 1, which it does not offer, and skip, which is where our walk begins."""

@@ -33,6 +33,7 @@ def coded(model: Path, method: str, *more: str, purpose: str = "augment"):
     return worlds.recipe(model, f"method={method}", *more, purpose=purpose)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_without_a_target_every_image_comes_back(tmp_path, tiny_model, manifest, method):
     out = tmp_path / "out"
@@ -47,6 +48,7 @@ def test_without_a_target_every_image_comes_back(tmp_path, tiny_model, manifest,
         assert row.evaluations == row.node
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_target_changes_what_was_not_it_and_nothing_else(tmp_path, tiny_model, manifest, method):
     out = tmp_path / "out"
@@ -70,6 +72,7 @@ def test_the_target_may_be_a_field_of_each_sample(tmp_path, tiny_model):
     assert found["img7"][:2] == ("failed", "label-out-of-range")
 
 
+@pytest.mark.slow
 def test_codes_are_kept_as_a_shard_with_rows_and_a_marker_and_not_drawn_again(
     tmp_path, tiny_model, manifest, monkeypatch
 ):
@@ -92,6 +95,7 @@ def test_codes_are_kept_as_a_shard_with_rows_and_a_marker_and_not_drawn_again(
     assert encodings == []
 
 
+@pytest.mark.slow
 def test_codes_that_were_harmed_are_refused(tmp_path, tiny_model, manifest):
     out, recipe = tmp_path / "out", coded(tiny_model, "dpm-encoder", OTHER)
     worlds.run(recipe, manifest, out)
@@ -104,6 +108,7 @@ def test_codes_that_were_harmed_are_refused(tmp_path, tiny_model, manifest):
         worlds.run(recipe, manifest, out)
 
 
+@pytest.mark.slow
 def test_under_anonymize_codes_lie_in_the_private_dir_alone(tmp_path, tiny_model, manifest, secret):
     out = tmp_path / "out"
     recipe = coded(tiny_model, "edit-friendly", OTHER, purpose="anonymize")
@@ -154,6 +159,7 @@ def test_bytes_that_are_no_code_are_refused():
         read_codes(code_bytes([]), pieces=1, steps=2)
 
 
+@pytest.mark.slow
 def test_an_audit_draws_nothing_anew_and_certifies_nothing(tmp_path, tiny_model):
     manifest, out = worlds.save_shards(tmp_path / "in", shards=2, samples=12), tmp_path / "out"
     worlds.run(coded(tiny_model, "edit-friendly", OTHER), manifest, out)

@@ -336,6 +336,7 @@ def test_text_that_is_no_plain_recipe_is_refused(text, told, tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []  # no tag was obeyed
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None)
 @given(st.text() | st.recursive(st.none() | st.integers(), lambda inner: st.lists(inner)).map(yaml.safe_dump))
 def test_arbitrary_text_never_escapes_as_another_error(text):
@@ -371,6 +372,7 @@ ANYTHING = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(sorted(places(RICH), key=str)), ANYTHING)
 def test_any_value_anywhere_is_taken_or_told_in_one_line_without_our_words(path, value):

@@ -24,6 +24,7 @@ def brute(query, keys, allowed):
     return np.array(sorted(np.linalg.norm(query.astype(float) - keys[key].astype(float)) for key in allowed))
 
 
+@pytest.mark.slow
 @given(
     st.integers(1, 12),
     st.integers(1, 12),
@@ -73,6 +74,7 @@ def test_equal_rows_are_at_distance_0_however_far_from_the_origin():
     assert (row_distances(far, far[found[:, 0]]) == 0).all()
 
 
+@pytest.mark.slow
 @given(st.integers(3, 10), st.integers(1, 10), st.integers(0, 9999))
 def test_distances_are_those_of_the_definitions(sources, outputs, seed):
     rng = np.random.default_rng(seed)
@@ -144,6 +146,7 @@ def test_photographs_of_one_person_are_not_others():
     assert found.near_duplicates.value < 0.12
 
 
+@pytest.mark.slow
 def test_memorized_training_images_are_found():
     sources, training = rows(200, 1), rows(300, 2)
     outputs = sources + rows(200, 3, scale=1e-2)

@@ -78,6 +78,7 @@ VALUES = st.recursive(
 ).flatmap(lambda value: st.sampled_from([value, KeyError(value), Path(MARK), RuntimeError(MARK, value)]))
 
 
+@pytest.mark.slow
 @given(st.sampled_from(["%s", "%r", "%d", "%5.1f", "%x", "%%", "%(a)s"]), VALUES)
 def test_whatever_is_logged_and_however_none_of_it_is_seen(form, value):
     made = record(f"seen {form}", value)
@@ -195,6 +196,7 @@ def test_before_and_after_all_is_said(capsys: pytest.CaptureFixture[str]):
     assert hooks == (sys.excepthook, threading.excepthook, sys.unraisablehook)
 
 
+@pytest.mark.slow
 def test_templates_of_log_lines_are_literals():
     """An f-string would carry what it quotes into the template, which is said."""
     for path in PACKAGE.rglob("*.py"):

@@ -196,6 +196,7 @@ def test_a_worker_lost_while_stopping_ends_the_run(stage, error):
     assert len(play.actors) == 1  # nobody is hired any more
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(20)
 def test_a_stop_before_anything_was_handed_out_hands_out_nothing(stage):
     play, stop = Play(run=done), threading.Event()
@@ -647,6 +648,7 @@ def test_a_worker_that_freezes_while_it_loads_is_replaced(hours, caplog):
     assert 1060 <= play.now < 1070
 
 
+@pytest.mark.slow
 def test_when_every_worker_hangs_loading_the_run_says_so(hours):
     began: dict[int, float] = {}
 
@@ -661,6 +663,7 @@ def test_when_every_worker_hangs_loading_the_run_says_so(hours):
     assert play.now < 3 * 3600 + 60  # though each hour apart
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_loading_while_others_work_is_replaced(hours):
     def load(actor):
         return never(actor) if actor.number == 1 else FACTS

@@ -103,6 +103,7 @@ def test_large_groups_are_drawn_from(monkeypatch):
     assert found != pair_distances(records, groups=np.zeros(40, int), seed=2)
 
 
+@pytest.mark.slow
 def test_large_images_are_read_in_strips(tmp_path):
     """64 uint8 images of 3 x 512 x 512: as float64 they would take 400 MB."""
     size = 3 * 512 * 512

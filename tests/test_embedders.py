@@ -128,6 +128,7 @@ def network():
     return load("efficientnet-lite0", fit_on=shapes(1))
 
 
+@pytest.mark.slow
 def test_efficientnet_knows_an_image_again_darker_and_shifted(network):
     images = shapes(40)
     changed = (np.roll(images, 2, axis=2) * 0.9).astype(np.uint8)
@@ -200,6 +201,7 @@ def test_a_missing_package_is_named_with_its_extra(name, module, extra, monkeypa
         load(name, fit_on=pictures())
 
 
+@pytest.mark.slow
 def test_importing_the_embedders_imports_no_network():
     code = (
         "import sys, boomerang_batch.measures.embedders\n"

@@ -384,6 +384,7 @@ def test_a_shape_is_not_starved_by_another_that_keeps_coming(make, rare):
     crowd.close()
 
 
+@pytest.mark.slow
 def test_the_fullest_shape_goes_first(make):
     """Draws of two shapes turn and turn about still take few calls."""
     model = Tiny()

@@ -106,6 +106,7 @@ def test_a_batch_that_shrank_grows_again_under_draws_on_their_way(make):
 # --- out of memory ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["ddpm", "2m", "learned"])
 @pytest.mark.parametrize("from_call", [0, 1, 3])
 def test_elastic_halves_once_and_goes_on_with_what_was_under_way(make, sampler, from_call):

@@ -322,6 +322,7 @@ def refused(proxy: FaultProxy, targets: list[str]) -> set[str]:
         return found
 
 
+@pytest.mark.slow
 def test_a_share_is_drawn_by_the_seed_and_not_by_who_comes_first(store: Store):
     targets = [f"/b/{number}" for number in range(200)]
     rules = [Rule(fault=SLOW_DOWN, share=0.3)]

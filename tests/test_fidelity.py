@@ -166,6 +166,7 @@ def counted(made, real, neighbours):
     )
 
 
+@pytest.mark.slow
 @given(st.integers(6, 14), st.integers(6, 14), st.integers(1, 5), st.booleans(), st.integers(0, 10_000))
 def test_neighbourhoods_are_as_counted(made, real, neighbours, on_a_grid, seed):
     rng = np.random.default_rng(seed)

@@ -195,6 +195,7 @@ def test_json_that_must_be_filtered_and_cannot_be(data):
     assert travelling(sample(json=data)) == {}
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(
     st.dictionaries(

@@ -129,6 +129,7 @@ SOURCE = torch.from_numpy(worlds.pixels(worlds.png(1)).astype(np.float32))[None]
 COLLAPSED = torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
+@pytest.mark.slow
 @PRECISIONS
 def test_of_equal_outputs_none_is_saved_whichever_came_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, twin: str | None, saved: bool
@@ -204,6 +205,7 @@ def test_a_float32_output_is_compared_with_those_of_half_precision(
     assert reasons(tmp_path / "out") == {"n0": None, "n1": "output-repeated", "n2": "output-repeated"}
 
 
+@pytest.mark.slow
 def test_a_stop_is_heeded_while_float32_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     stop, calls = threading.Event(), []
 

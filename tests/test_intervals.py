@@ -84,6 +84,7 @@ def auc(scores, genuine):
     )
 
 
+@pytest.mark.slow
 def test_bootstrap_covers_an_auc():
     """Two normals one apart: the true area is Phi(1 / sqrt 2) = .7602."""
     generator, covered, repeats = np.random.default_rng(3), 0, 120

@@ -363,6 +363,7 @@ def test_an_out_that_is_not_there_is_no_status(tmp_path: Path):
     assert "no such folder" in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answer", [b"<html>hello</html>", b"{}"])
 def test_a_server_that_is_no_ray_is_told_by_its_address(answer: bytes):
     from boomerang_batch.run.jobs.cluster import Cluster

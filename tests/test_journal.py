@@ -98,6 +98,7 @@ def test_a_stop_in_mid_shard_costs_a_batch_and_no_byte(
     assert segments(recipe, tmp_path / "out") == []
 
 
+@pytest.mark.slow
 def test_segments_come_every_so_many_samples(tmp_path, tiny_model, monkeypatch):
     manifest = worlds.save_shards(tmp_path / "in", shards=1, samples=SAMPLES)
     recipe = worlds.recipe(tiny_model, "run.journal_every=3", "variants=2", purpose="augment")
@@ -191,6 +192,7 @@ def an_output(number: int, size: int = 1000) -> Output:
     )
 
 
+@pytest.mark.slow
 def test_outputs_come_back_as_they_were(tmp_path):
     out = f"memory://journal/{tmp_path.name}"
     first, second = tmp_path / "first", tmp_path / "second"

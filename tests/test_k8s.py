@@ -73,6 +73,7 @@ def test_all_overlays_of_the_readme_are_here():
     assert [name for name in OVERLAYS if f"`{name}`" not in readme] == []
 
 
+@pytest.mark.slow
 @overlay
 def test_every_part_fits_kubernetes_schema(overlay):
     assert {part["metadata"]["name"]: refusals(part) for part in parts(overlay) if refusals(part)} == {}

@@ -24,6 +24,7 @@ def put(out: Path, stem: str, *keys: str | None) -> None:
 SHARDS = st.lists(st.lists(st.integers(0, 60).map(str), unique=True, max_size=7), max_size=12)
 
 
+@pytest.mark.slow
 @given(shards=SHARDS)
 def test_the_first_key_of_two_shards_is_found(tmp_path_factory, shards):
     out = tmp_path_factory.mktemp("out")
@@ -105,6 +106,7 @@ def test_the_watch_tells_before_the_end(tmp_path: Path):
             _add_for(keys, "without", seconds=20)
 
 
+@pytest.mark.slow
 def test_a_stop_ends_the_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     asked, go_on = threading.Event(), threading.Event()
     monkeypatch.setattr(module, "read_keys", lambda out, stem: asked.set() or (go_on.wait(60) and []))

@@ -79,6 +79,7 @@ def test_who_has_let_go_is_not_named_any_more(out):
     }
 
 
+@pytest.mark.slow
 def test_a_second_run_waits_for_the_first_ones_end_if_asked_to(out):
     entered, epochs = threading.Event(), []
 
@@ -104,6 +105,7 @@ def test_waiting_can_be_stopped(out):
         pass
 
 
+@pytest.mark.slow
 def test_of_many_that_begin_at_once_one_holds_it(out):
     ready, results = threading.Barrier(8), []
 
@@ -173,6 +175,7 @@ def test_a_process_number_that_is_used_again_is_not_taken_for_the_holder(tmp_pat
             assert holding.epoch == 2
 
 
+@pytest.mark.slow
 def test_one_of_another_machine_is_taken_over_when_it_has_been_silent_for_long(tmp_path):
     with another(str(tmp_path)) as process:
         process.kill()
@@ -185,6 +188,7 @@ def test_one_of_another_machine_is_taken_over_when_it_has_been_silent_for_long(t
         assert 0.5 < time.monotonic() - started < 5
 
 
+@pytest.mark.slow
 def test_a_frozen_holder_finds_out_when_it_thaws(tmp_path):
     with another(str(tmp_path)) as process:
         os.kill(process.pid, signal.SIGSTOP)
@@ -245,6 +249,7 @@ def test_uploads_of_an_ousted_holder_are_waited_for(monkeypatch):
         lease.Lease(epoch=2, taken_over_at=time.monotonic()).let_uploads_end(stop)
 
 
+@pytest.mark.slow
 def test_an_epoch_that_can_not_be_read_is_still_one(tmp_path):
     storage.make_folder(str(tmp_path / "logs" / "lease"))
     (tmp_path / "logs" / "lease" / "epoch-000041.json").write_text("{")

@@ -73,6 +73,7 @@ def test_a_refusal_replaces_nothing_but_its_own_variant(tmp_path: Path):
         assert [found.variant for _, found in ledger.rows() if found.key == "b"] == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_withdrawals_cost_the_same_however_long_the_shard_is(tmp_path: Path):
     with Ledger(tmp_path / "spool", by_pseudonym=False) as ledger:
         for number in range(20_000):
@@ -83,6 +84,7 @@ def test_withdrawals_cost_the_same_however_long_the_shard_is(tmp_path: Path):
         assert time.process_time() - started < 5  # it once took minutes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by_pseudonym", [False, True])
 def test_an_output_costs_memory_next_to_nothing(tmp_path: Path, by_pseudonym: bool):
     """Its bytes and its row are on disk: a shard of a million must not fill a worker."""

@@ -76,6 +76,7 @@ def test_images_smaller_than_the_window_have_no_ssim():
     assert np.isfinite(psnr(small, noisy(small))).all()
 
 
+@pytest.mark.slow
 @given(st.integers(1, 9), st.integers(2, 40), st.integers(3, 40), st.integers(0, 100))
 def test_blocks_change_no_pair(count, height, width, seed):
     truth = pictures(count, height, width, seed=seed)

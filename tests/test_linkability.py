@@ -70,6 +70,7 @@ def spread(sources, groups):
     return any(len(np.unique(sources[groups == group], axis=0)) > 1 for group in set(groups.tolist()))
 
 
+@pytest.mark.slow
 @given(small_sets())
 @settings(max_examples=120)
 def test_small_sets_are_as_brute_force_says(drawn):

@@ -267,6 +267,7 @@ def test_what_is_no_epoch_is_refused():
 # --- the stage, beside webdataset's own reader ---
 
 
+@pytest.mark.slow
 def test_without_copies_the_stage_gives_just_what_the_reader_gives(tmp_path):
     made = world(tmp_path)
     shown = list(reader(made.urls, Augment(made.out, p=0.0)))
@@ -321,6 +322,7 @@ def test_keys_that_repeat_from_shard_to_shard_have_coins_of_their_own(tmp_path):
     assert halves[0] != halves[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_workers_have_no_say(tmp_path, workers):
     made = world(tmp_path)
@@ -348,6 +350,7 @@ def test_ranks_have_no_say(tmp_path, monkeypatch):
     assert found == choices(reader(made.urls, Augment(made.out)))
 
 
+@pytest.mark.slow
 def test_workers_that_live_on_hear_of_the_next_epoch(tmp_path):
     made = world(tmp_path)
     stage = Augment(made.out)
@@ -364,6 +367,7 @@ def test_workers_that_live_on_hear_of_the_next_epoch(tmp_path):
     assert found[0] != found[1] != found[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_epoch_that_is_shown_twice_is_complained_of(tmp_path, caplog, workers, monkeypatch):
     made = world(tmp_path)
@@ -645,6 +649,7 @@ def test_a_folder_that_is_no_out_is_refused(tmp_path):
 # --- memory, and workers that are spawned ---
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_shard(tmp_path):
     size = 100_000
     samples = [
@@ -836,6 +841,7 @@ def test_copies_in_a_store_are_refused():
 # --- beside a real run ---
 
 
+@pytest.mark.slow
 def test_a_real_run_with_failures_that_are_mended(tmp_path, tiny_model, monkeypatch):
     manifest = worlds.save_shards(tmp_path / "in", shards=2, samples=5)
     made_by = worlds.recipe(tiny_model, "variants=2", "keep_originals=true", purpose="augment")

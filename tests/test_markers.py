@@ -49,6 +49,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
+@pytest.mark.slow
 @given(shards=st.dictionaries(st.sampled_from(NAMES), COUNTS))
 def test_an_index_tells_what_the_markers_told(tmp_path_factory, shards):
     out = tmp_path_factory.mktemp("out")
@@ -122,6 +123,7 @@ def test_a_shard_of_another_recipe_is_refused(tmp_path: Path):
         survey(str(tmp_path), Markers(str(tmp_path)), tasks("a"), "r")
 
 
+@pytest.mark.slow
 def test_a_finished_run_asked_for_again_reads_its_index_alone(
     tmp_path: Path, tiny_model: Path, read: list[str], monkeypatch: pytest.MonkeyPatch
 ):

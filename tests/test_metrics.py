@@ -61,6 +61,7 @@ def test_what_comes_once_is_not_asked_for_as_a_growth():
             assert "increase(" not in target["expr"]
 
 
+@pytest.mark.slow
 def test_a_runners_totals_are_what_it_did(tmp_path, tiny_model):
     manifest = load_manifest(str(worlds.save_shards(tmp_path / "in", shards=2, samples=5)))
     recipe = worlds.recipe(tiny_model, "variants=2", purpose="augment")

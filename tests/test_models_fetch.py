@@ -170,6 +170,7 @@ fetch("memory://models/tiny", patterns=["*.json"])
 """
 
 
+@pytest.mark.slow
 def test_what_a_killed_copier_left_is_swept_and_a_living_ones_is_not(tmp_path, monkeypatch):
     monkeypatch.setattr(owned, "_YOUNG_S", -1.0)
     put(config_json=b"{}")

@@ -128,6 +128,7 @@ def nodes(levels: NoiseLevels, steps: int, strength: float, grid: str = "linspac
     return build_schedule(levels, grid=grid, steps=steps, t=("fraction", strength), start="diffusers-strength")
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(
     pipeline=st.sampled_from([StableDiffusion3Img2ImgPipeline, FluxImg2ImgPipeline]),

@@ -64,6 +64,7 @@ def test_denoise_is_the_network_row_by_row(tmp_path):
     assert not output.requires_grad
 
 
+@pytest.mark.slow
 def test_where_tensors_lie_in_memory_changes_no_bit(tmp_path):
     """CPU kernels choose by alignment, so weights must not stay where the file's header put them."""
     folder, unet, _ = tiny_models.save_score_model(tmp_path / "model")
@@ -145,6 +146,7 @@ def test_a_learned_variance_comes_with_the_output_unguided(tmp_path):
     torch.testing.assert_close(output[:, 3:], conditional[:, 3:], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_walk_with_learned_variance_is_diffusers_own(tmp_path):
     """From pure noise to the image, each side going on from its own state, as DDPMPipeline does."""
     unet = tiny_models.network(out_channels=6)
@@ -200,6 +202,7 @@ def test_a_pixel_model_flags_nothing_and_has_a_float32_twin(tmp_path):
     assert torch.equal(full.decode(x_t), x_t)
 
 
+@pytest.mark.slow
 def test_a_pixel_model_has_no_autoencoder_to_set(tmp_path):
     with pytest.raises(ModelError, match=r"no autoencoder; remove model\.autoencoder"):
         load(save(tmp_path, tiny_models.network()), autoencoder=Autoencoder(batch_size=4))

@@ -214,6 +214,7 @@ def encoders_in_memory() -> int:
     return sum(type(one) is CLIPTextModel for one in gc.get_objects())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", [None, "txt"])
 def test_encoders_are_kept_for_captions_only(tmp_path, monkeypatch, field):
     tiny_latents.stable_diffusion().save_pretrained(tmp_path / "sd")

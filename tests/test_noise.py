@@ -209,6 +209,7 @@ def windows(draw):
     return shape, rows
 
 
+@pytest.mark.slow
 @given(window=windows(), node=st.integers(0, 65535), pass_index=st.integers(0, 255))
 def test_windows_are_cut_from_the_field_they_belong_to(window, node, pass_index):
     (channels, height, width), rows = window

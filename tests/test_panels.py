@@ -177,6 +177,7 @@ def test_nothing_measured_is_an_empty_picture():
     assert not of_class(drawn([]), "mark")
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=12),
     st.sampled_from(["median-psnr-db", "median-fine-detail-db", "kd", "unheard-of"]),

@@ -80,6 +80,7 @@ def unet(seed=0, *, dtype=torch.float32, side=8, channels=3, classes=None, train
 SHAPES = [(side, channels) for side in (8, 16) for channels in (1, 3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("side", "channels"), SHAPES)
 def test_a_unet_passes(dtype, side, channels):

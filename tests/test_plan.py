@@ -77,6 +77,7 @@ def planned(recipe, manifest, **options) -> Plan:
     return make_plan(recipe, load_manifest(str(manifest)), **given | options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("purpose", ["anonymize", "augment"])
 def test_a_probe_is_of_whole_batches_and_leaves_nothing(
     tmp_path, tiny_model, manifest, purpose, monkeypatch: pytest.MonkeyPatch
@@ -100,6 +101,7 @@ def test_a_probe_is_of_whole_batches_and_leaves_nothing(
     assert list(scratch.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_samples_of_a_manifest_that_tells_are_counted_and_of_others_guessed(tmp_path, tiny_model, manifest):
     recipe = worlds.recipe(tiny_model, purpose="augment")
     guess = planned(recipe, manifest, samples=20)
@@ -128,6 +130,7 @@ def test_bad_samples_are_told_and_bad_manifests_refused(tmp_path, tiny_model, ma
         planned(recipe, manifest)
 
 
+@pytest.mark.slow
 def test_the_command_prints_and_saves(tmp_path, tiny_model, manifest):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(worlds.recipe_text(tiny_model, purpose="augment"))

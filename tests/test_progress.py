@@ -49,6 +49,7 @@ def seen(
     return Progress(at_s=at_s, shards=shards, done=done, quarantined=0, rows=rows, session=session or Session())
 
 
+@pytest.mark.slow
 @given(
     shards=st.dictionaries(
         st.sampled_from([f"s-{number:03d}" for number in range(12)]),
@@ -156,6 +157,7 @@ def test_a_log_that_grows_is_read_again(tmp_path: Path):
     assert images_per_s([looks.look()]) == 4.0
 
 
+@pytest.mark.slow
 @given(
     st.binary()
     | st.text().map(str.encode)
@@ -195,6 +197,7 @@ def test_without_pace_or_run_record_there_is_no_eta():
     assert eta_s(seen(0, 100), 1.0) == 0
 
 
+@pytest.mark.slow
 def test_progress_of_a_run_is_what_its_report_says(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, secret: str
 ):

@@ -67,6 +67,7 @@ GOOD_ROWS = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(rows=st.lists(GOOD_ROWS, max_size=8, unique_by=lambda row: (row.key, row.variant)))
 def test_rows_come_back_as_they_went(rows, tmp_path_factory):

@@ -89,6 +89,7 @@ def pixels(out: Path) -> dict[str, np.ndarray]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("read", READERS)
 def test_augmented_labels_are_the_inputs(read: Reader, tmp_path: Path, tiny_model: Path, manifest: Path):
     out = tmp_path / "out"
@@ -99,6 +100,7 @@ def test_augmented_labels_are_the_inputs(read: Reader, tmp_path: Path, tiny_mode
     assert all((image == pixels(out)[key]).all() for key, (_, image) in found.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("read", READERS)
 def test_variants_and_originals_have_their_inputs_label(
     read: Reader, tmp_path: Path, tiny_model: Path, manifest: Path
@@ -110,6 +112,7 @@ def test_variants_and_originals_have_their_inputs_label(
     assert found == {key + end: label for key, label in expected().items() for end in ("", "-v0", "-v1")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("read", READERS)
 def test_anonymized_labels_are_the_inputs_through_the_links(
     read: Reader, tmp_path: Path, tiny_model: Path, manifest: Path

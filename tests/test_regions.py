@@ -154,6 +154,7 @@ def test_boxes_grow_to_whole_pixels_and_are_clipped():
     assert (mask == expected).all()
 
 
+@pytest.mark.slow
 @given(size=st.tuples(SIDES, SIDES), data=st.data())
 def test_a_box_covers_every_pixel_it_touches_and_no_other(size, data):
     axis = st.integers(-40, 140).map(lambda quarter: quarter / 4)
@@ -246,6 +247,7 @@ def exact_span(policy, source, model, axis):
     return (source[axis] - kept) / 2, (source[axis] + kept) / 2
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(mask=masks(), model=st.tuples(SIDES, SIDES), policy=st.sampled_from(["cover", "contain", "stretch"]))
 def test_a_model_pixel_belongs_if_any_of_its_source_does_and_only_then(mask, model, policy):

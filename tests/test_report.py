@@ -271,6 +271,7 @@ def each(request: pytest.FixtureRequest, anonymized: World, augmented: World) ->
     return page(homes[request.param] / REPORT_NAME)
 
 
+@pytest.mark.slow
 def test_the_page_is_whole_and_has_its_landmarks(each: Page):
     assert each.open == []
     assert each.source.startswith("<!doctype html>")
@@ -694,6 +695,7 @@ def test_the_same_run_gives_the_same_bytes(anonymized: World, tmp_path: Path):
     assert {home: (home / REPORT_NAME).read_bytes() for home in first} == first
 
 
+@pytest.mark.slow
 def test_a_run_that_was_resumed_has_the_same_report_but_for_its_times(
     tiny_model: Path, tmp_path: Path, secret: str
 ):
@@ -710,6 +712,7 @@ def test_a_run_that_was_resumed_has_the_same_report_but_for_its_times(
         assert once.source != twice.source
 
 
+@pytest.mark.slow
 def test_the_page_stays_small_whatever_it_shows(anonymized: World):
     facts = read_facts(str(anonymized.out))
     noise = [worlds.noise(seed, SIDE, SIDE, 3) for seed in range(40)]
@@ -735,6 +738,7 @@ def _a_row(world: World):
     return next(row for path in world.out.glob("*.parquet") for row in read_rows(path) if row.status == "ok")
 
 
+@pytest.mark.slow
 def test_a_large_picture_is_shown_small(tiny_model: Path, tmp_path: Path):
     big = worlds.encoded(np.asarray(Image.fromarray(worlds.noise(1, 30, 20)).resize((600, 900))))
     samples = {"big": {"png": big, "cls": b"1"}}

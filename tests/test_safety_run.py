@@ -111,6 +111,7 @@ def test_what_is_flagged_is_kept_dropped_or_quarantined_as_the_recipe_says(
         assert verify(str(tmp_path / safety), deep=True).problems == ()
 
 
+@pytest.mark.slow
 def test_the_real_checker_is_asked(tmp_path: Path, model: Path, manifest: Path):
     wanted = recipe(model, "keep")
     assert worlds.run(wanted, manifest, tmp_path / "out").rows == {"ok": 12}

@@ -76,6 +76,7 @@ def ddpm_walk(scheduler: DDPMScheduler, timesteps: list[int], x: Tensor, seeds: 
 # --- DDPM ---
 
 
+@pytest.mark.slow
 @given(
     betas=BETAS,
     data=st.data(),
@@ -147,6 +148,7 @@ def ddim_walk(scheduler, steps: int, n: int, eta: float, x: Tensor, z: list[Tens
     return x
 
 
+@pytest.mark.slow
 @given(
     betas=BETAS,
     data=st.data(),

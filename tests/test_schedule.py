@@ -363,6 +363,7 @@ def test_a_lookup_table_takes_trained_timesteps_only():
 # --- start policies ---
 
 
+@pytest.mark.slow
 @given(
     grid=st.sampled_from([*NAMED_GRIDS, "list"]),
     kind=st.sampled_from(["vp", "ve", "flow"]),

@@ -72,6 +72,7 @@ WHOLE = tar_bytes([("a.png", b"A" * 700), ("a.cls", b"0"), ("b.png", b"B" * 10),
 # Agreement with webdataset
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(samples=SAMPLES)
 def test_what_is_written_is_read_back_by_us_and_by_webdataset(samples, tmp_path_factory):
@@ -141,6 +142,7 @@ def test_an_empty_archive_is_no_error():
     assert read(tar_bytes([])) == []
 
 
+@pytest.mark.slow
 def test_every_cut_gives_the_whole_samples_before_it_and_one_report():
     whole = outcomes(WHOLE)
     second = read(WHOLE)[1].offset

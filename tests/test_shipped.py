@@ -126,6 +126,7 @@ def test_a_shipped_manifest_names_files_that_exist(name):
         assert Path(shard.url).is_file()
 
 
+@pytest.mark.slow
 def test_the_wheel_carries_what_the_names_name(tmp_path):
     built = subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)],

@@ -88,6 +88,7 @@ def test_an_identity_through_tiles_is_exact(tmp_path: Path, monkeypatch: pytest.
         assert np.array_equal(images[key], picture)
 
 
+@pytest.mark.slow
 def test_tiles_are_the_whole_image_drawn_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """They share one noise field: a model that looks at one pixel at a time gives what it gives untiled."""
     model = Pixelwise(channels=3)
@@ -111,6 +112,7 @@ def test_an_image_smaller_than_a_tile_is_drawn_too(tmp_path: Path, monkeypatch: 
         assert (image != pictures[key]).any()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("secret")
 def test_tiles_of_a_real_network_come_back_as_one_image(tmp_path: Path, tiny_model: Path):
     manifest, _ = save_pictures(tmp_path / "in", (21, 30), (9, 17), cls=b"2")

@@ -190,6 +190,7 @@ def test_of_a_sample_only_the_wanted_outputs_are_drawn(tiny_model: Path, manifes
     assert all(one in every for one in few)
 
 
+@pytest.mark.slow
 def test_one_loading_serves_every_t(tiny_model: Path, manifest: Path, monkeypatch: pytest.MonkeyPatch):
     loads = []
     real = trial.load
@@ -259,6 +260,7 @@ def everything(folder: Path) -> bytes:
     )
 
 
+@pytest.mark.slow
 def test_the_scratch_folder_is_shut_and_holds_no_secret_and_no_link(
     tiny_model: Path, manifest: Path, scratch: Path, caplog: pytest.LogCaptureFixture
 ):
@@ -325,6 +327,7 @@ def test_the_guards_of_a_run_are_those_of_a_trial(
     assert list(scratch.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "agrees"),
     [

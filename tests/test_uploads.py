@@ -47,12 +47,14 @@ def upload(store: Store, protocol: str, *, size: int = 5 * uploads.PART_BYTES) -
     return took_s
 
 
+@pytest.mark.slow
 def test_an_upload_whose_parts_are_slow_but_come_is_waited_for():
     store = Store([0.2] * 4)
     assert upload(store, "s3") >= 0.8
     assert store.taken == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stuck_at", [0, 2])
 def test_one_that_is_stuck_is_given_up_after_the_time_of_a_part(stuck_at):
     store = Store([0.01] * stuck_at + [60])
@@ -63,6 +65,7 @@ def test_one_that_is_stuck_is_given_up_after_the_time_of_a_part(stuck_at):
     assert store.taken == stuck_at
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["s3", "az"])
 def test_all_of_it_is_bounded_too(protocol):
     """The lease counts on that; and of Azure's uploads nothing is told on the way."""

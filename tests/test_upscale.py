@@ -71,6 +71,7 @@ def test_what_grows_over_the_limit_is_refused_before_it_grows():
 # --- consistency ---
 
 
+@pytest.mark.slow
 @given(pair=pairs())
 def test_the_projection_is_in_range_and_reduces_to_the_low_image(pair):
     values, low, factor = pair
@@ -90,6 +91,7 @@ def test_within_the_range_the_projection_is_the_formula(pair):
     assert np.abs(project(values, low, factor) - expected).max() < 1e-3
 
 
+@pytest.mark.slow
 @given(pair=pairs(), seed=st.integers(0, 99))
 def test_no_image_in_range_with_that_reduction_is_nearer(pair, seed):
     """The projection on a convex set: the angle at it towards every other member is obtuse."""
@@ -110,6 +112,7 @@ def test_a_consistent_image_is_left_alone(pair):
     assert (consistent(image, low, factor) == image).all()
 
 
+@pytest.mark.slow
 @given(pair=pairs(), eight_bits=st.booleans())
 def test_eight_bits_leave_nothing_of_the_difference(pair, eight_bits):
     values, low, factor = pair
