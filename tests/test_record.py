@@ -12,7 +12,7 @@ import pytest
 from boomerang_batch.config.pipeline import parse_recipe
 from boomerang_batch.errors import RecipeError, RunMismatchError
 from boomerang_batch.run.record import RunRecord, open_record, read_record
-from boomerang_batch.run.request import refuse_secrets
+from boomerang_batch.run.request import paths_told, refuse_secrets
 
 FILES = {"a": "1", "b": "2", "c": "3"}
 
@@ -149,9 +149,7 @@ steps: 6
         ({"endpoint": "https://user:abc@host/x"}, {"augment", "anonymize"}),
         ({"weights": "https://host/x?sig=abc"}, {"augment", "anonymize"}),
         ({"note": "it is in-the-environment"}, {"augment", "anonymize"}),
-        ({"path": "/models/edm.onnx"}, {"anonymize"}),
-        ({"path": "~/edm.onnx"}, {"anonymize"}),
-        ({"path": "edm.onnx", "weights": "s3://bucket/x", "url": "https://host/x"}, set()),
+        ({"path": "/models/edm.onnx", "weights": "s3://bucket/x", "url": "https://host/x"}, set()),
         ({"token_file": "token.txt", "key": "sigma", "tokens": 77, "tokenizer": "clip", "token": 5}, set()),
         ({"token": "", "password": False}, set()),
     ],
@@ -166,3 +164,10 @@ def test_options_that_must_not_stand_in_run_json_are_refused(options, refused, m
         with pytest.raises(RecipeError, match=f"model.options.{next(iter(options))}") as caught:
             refuse_secrets(recipe)
         assert not any(value in str(caught.value) for value in options.values())
+
+
+def test_paths_in_options_are_told_where_out_is_to_be_published():
+    options = {"path": "/models/edm.onnx", "home": "~/x", "name": "edm.onnx", "steps": 7}
+    told = list(paths_told(with_options("anonymize", **options)))
+    assert [text.split()[0] for text in told] == ["model.options.path", "model.options.home"]
+    assert list(paths_told(with_options("augment", **options))) == []

@@ -34,6 +34,7 @@ from boomerang_batch.run.request import (
     list_tasks,
     manifest_digest_over,
     open_naming,
+    paths_told,
     record_homes,
     refuse_secrets,
 )
@@ -76,6 +77,8 @@ def execute(
     raises GateError where they won't do. Raises LeaseError where another run is at work on OUT.
     """
     refuse_secrets(request.recipe)
+    for told in paths_told(request.recipe):
+        _log.warning("%s", told, extra=PLAIN)
     naming = open_naming(request)
     tasks = list_tasks(request, naming)
     storage.make_folder(request.out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from boomerang_batch import storage
@@ -62,11 +62,15 @@ def refuse_secrets(recipe: Recipe) -> None:
                 f"{place} looks like a secret, and options stand in OUT/run.json; let the model's package read "
                 "it from the environment or from a file, and name that variable or file instead"
             )
-        if recipe.purpose == "anonymize" and value.startswith(("/", "~", "file:")):
-            raise RecipeError(
-                f"{place} is a path of this machine, and options stand in OUT/run.json, which is to be "
-                "published; name it below a folder that the model's package finds by itself, such as by an "
-                "environment variable of its own"
+
+
+def paths_told(recipe: Recipe) -> Iterator[str]:
+    """What the user should hear of options that show a path of this machine in an OUT to be published."""
+    for name, value in recipe.model.options.items():
+        if recipe.purpose == "anonymize" and isinstance(value, str) and value.startswith(("/", "~", "file:")):
+            yield (
+                f"model.options.{name} is a path of this machine and stands in OUT/run.json; if nobody is to "
+                "see it, name the file so that the model's package finds it by itself"
             )
 
 
