@@ -54,7 +54,7 @@ def attempt(call: Callable[[], Any], failure: str, *, error: type[BoomerangError
         return call()
     except BoomerangError:
         raise  # it knows better what to say
-    except Exception as cause:
+    except (Exception, SystemExit) as cause:  # which would end this program as a success
         reason = " ".join(str(cause).split())
         raise error(f"{failure}: {type(cause).__name__}: {reason}") from cause
 

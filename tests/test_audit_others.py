@@ -81,7 +81,7 @@ def test_images_are_read_at_the_records_size_and_named_nowhere(tmp_path: Path):
     assert found.shape == (5, SIDE, SIDE, 3)
     expected = [images.resize(picture, (SIDE, SIDE)) for picture in large]
     assert (found == np.stack(expected)).all()
-    assert left_out == ()
+    assert left_out == ("--training: 5 images hardly tell what is near; give 100 or more",)
 
 
 def test_no_more_are_read_than_asked_for(tmp_path: Path):
@@ -99,6 +99,8 @@ def test_sources_and_what_can_not_be_read_are_left_out_and_counted(tmp_path: Pat
     assert left_out == (
         "--training: 1 of the images looked at can't be read and are left out",
         "--training: 3 of the images looked at are audited sources and are left out",
+        "the model was trained on sources of this output; the bound supposes that it was not, and is none",
+        "--training: 5 images hardly tell what is near; give 100 or more",
     )
 
 

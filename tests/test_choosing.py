@@ -291,3 +291,9 @@ def test_the_demo_is_chosen_for_by_its_bound(tmp_path: Path):
     code, said, _ = command("sweep", *words, "--t", ".4,.8", "--samples", 20, "-o", tmp_path)
     assert code == 0
     ET.parse(tmp_path / "curves.svg")
+
+
+@pytest.mark.parametrize("text", ["rank1<=5", "certified@median<=1.2", "ssim>=30", "distance>=2"])
+def test_a_limit_that_says_nothing_is_refused(text):
+    with pytest.raises(ConfigError, match="is between 0 and 1"):
+        Target.parse(text)

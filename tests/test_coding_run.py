@@ -17,8 +17,10 @@ from boomerang_batch.data.manifest import load_manifest
 from boomerang_batch.data.provenance import read_rows
 from boomerang_batch.errors import ConfigError, RecipeError, SampleError
 from boomerang_batch.run import runner as running
+from boomerang_batch.run.coding import check_target
 from boomerang_batch.run.verify import verify
 from tests import worlds
+from tests.engines import Tiny
 
 METHODS = ("dpm-encoder", "edit-friendly")
 OTHER = "target.label=2"
@@ -154,9 +156,58 @@ def test_a_target_that_the_model_can_not_be_told_ends_the_run(tmp_path, tiny_mod
 
 def test_bytes_that_are_no_code_are_refused():
     with pytest.raises(SampleError, match="no code"):
-        read_codes(b"nothing", pieces=1, steps=2)
+        read_codes(b"nothing", proof=b"p", pieces=1, steps=2)
     with pytest.raises(SampleError, match="no code"):
-        read_codes(code_bytes([]), pieces=1, steps=2)
+        read_codes(code_bytes([], proof=b"p"), proof=b"p", pieces=1, steps=2)
+    with pytest.raises(SampleError, match="another image"):
+        read_codes(code_bytes([], proof=b"p"), proof=b"q", pieces=1, steps=2)
+
+
+def test_a_code_of_another_image_of_the_same_name_is_not_used(tmp_path, tiny_model, manifest):
+    """The shard was replaced between its codes and its outputs; another attempt at what failed draws anew."""
+    out, recipe = tmp_path / "out", coded(tiny_model, "edit-friendly")
+    worlds.run(recipe, manifest, out)
+    for path in out.glob("s-000*"):
+        path.unlink()
+    members = [one for i in range(3) for one in worlds.sample_members(f"img{i:05d}", 100 + i)]
+    worlds.write_tar(tmp_path / "in" / "s-000.tar", members)
+    assert worlds.run(recipe, manifest, out).rows == {"failed": 3, "ok": 3}
+    assert {row.reason for row in worlds.rows(out) if row.status == "failed"} == {"stale-code"}
+    assert worlds.run(recipe, manifest, out, only_failed=True).rows == {"ok": 6}
+    found = dict(worlds.read_output(out, "s-000~1"))
+    for i in range(3):
+        apart = worlds.image_of(found[f"img{i:05d}"]).astype(int) - worlds.pixels(worlds.png(100 + i))
+        assert np.abs(apart).max() <= 1
+
+
+def test_one_failed_variant_of_several_is_done_again(tmp_path, tiny_model, manifest, monkeypatch):
+    out, recipe = tmp_path / "out", coded(tiny_model, "dpm-encoder", OTHER, "variants=3")
+    real, failed = running.Decoding.finish, []
+
+    def once(self, made, *, seen):
+        if made.variant == 1 and made.prepared.source.key == "img00001" and not failed:
+            failed.append(True)
+            raise SampleError("flagged", "for this test")
+        return real(self, made, seen=seen)
+
+    monkeypatch.setattr(running.Decoding, "finish", once)
+    assert worlds.run(recipe, manifest, out).rows == {"failed": 1, "ok": 17}
+    assert worlds.run(recipe, manifest, out, only_failed=True).rows == {"ok": 18}
+
+
+def test_a_target_that_does_not_travel_is_not_told(tmp_path, tiny_model, secret):
+    samples = {f"img{i}": {"png": worlds.png(i), "cls": b"0", "to.cls": b"%d" % (1 + i)} for i in range(3)}
+    manifest = worlds.save_samples(tmp_path / "in", samples)
+    out = tmp_path / "out"
+    recipe = coded(tiny_model, "edit-friendly", "target.field=to.cls", purpose="anonymize")
+    assert worlds.run(recipe, manifest, out).rows == {"ok": 3}
+    assert {row.label for row in worlds.rows(out)} == {None}
+
+
+def test_anonymize_refuses_models_behind_an_autoencoder_or_told_prompts(tiny_model):
+    recipe = coded(tiny_model, "edit-friendly", OTHER, purpose="anonymize")
+    with pytest.raises(ConfigError, match="takes a pixel model that is told classes"):
+        check_target(recipe, Tiny(latent=True).spec)
 
 
 @pytest.mark.slow

@@ -202,3 +202,14 @@ def test_what_can_not_be_compared_is_refused(arguments, message):
         copies(rows(3, 1), rows(3, 2), **arguments)
     with pytest.raises(MeasureError, match="can't be compared"):
         copies(rows(3, 1), rows(3, 2, width=5))
+
+
+def test_a_training_set_that_holds_the_sources_hides_no_copies_where_there_is_a_hold_out():
+    """By the sources' own distances to it nothing would be near."""
+    draw = np.random.default_rng(8)
+    sources, strangers, holdout = (draw.normal(size=(200, 16)).astype(np.float32) for _ in range(3))
+    outputs = strangers + draw.normal(size=strangers.shape, scale=0.1).astype(np.float32)
+    training = np.concatenate([strangers, sources + np.float32(0.01)])
+    found = copies(outputs, sources, holdout=holdout, training=training).training
+    assert found.below.value == found.swaps.value == 1
+    assert copies(outputs, sources, training=training).training.below.value == 0

@@ -86,7 +86,7 @@ def test_whatever_is_logged_and_however_none_of_it_is_seen(form, value):
 
 
 SAYABLE = ("ConfigError", "RecipeError", "RunMismatchError", "PrivateDirError", "ModelError", "StoppedError",
-           "LeaseError", "GateError")  # fmt: skip
+           "LeaseError", "GateError", "MeasureError")  # fmt: skip
 
 
 def test_errors_are_said_by_their_kind():

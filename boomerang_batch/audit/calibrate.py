@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 
 from boomerang_batch.audit.bounding import CERTIFIED, LARGEST, uncertified
 from boomerang_batch.audit.findings import ALL, OUTPUTS, Reading
-from boomerang_batch.audit.readings import LABEL_AGREEMENT, RANK, TAR
+from boomerang_batch.audit.readings import LABEL_AGREEMENT, RANK, TAR, TRAINED
 from boomerang_batch.audit.sweep import FORMAT_VERSION, plain
 from boomerang_batch.audit.tried import DISTANCE, Level, Trials
 from boomerang_batch.config.pipeline import Recipe
@@ -34,6 +34,7 @@ _MEASURES = {
     "psnr": "median-psnr-db",
     "ssim": "median-ssim",
 }
+_LINKS = ("rank1", "tar")
 _TARGET = re.compile(r"\s*([a-z0-9@-]+)\s*(<=|>=)\s*([0-9.]+)\s*")
 STEPS = 20
 """Into how many steps the whole of t is cut: t is found to one of these."""
@@ -60,6 +61,8 @@ class Target:
             limit = float(match[3])
         except ValueError as error:
             raise ConfigError(f"--target {text}: {match[3]} is no number") from error
+        if match[1] != "psnr" and not 0 <= limit <= 1:
+            raise ConfigError(f"--target {text}: {match[1]} is between 0 and 1, so {match[3]} says nothing")
         return Target(name=match[1], at_most=match[2] == "<=", limit=limit)
 
     @property
@@ -77,6 +80,11 @@ class Target:
         if not there:
             raise MeasureError(
                 f"nothing tells {self.name} of {found.t}: take more samples, or samples with labels"
+            )
+        if self.name in _LINKS and not any(one.attacker == TRAINED for one in there):
+            raise MeasureError(
+                f"too few samples at {found.t} to train an attacker on, without whom {self.name} flatters: "
+                "take more"
             )
         return there
 

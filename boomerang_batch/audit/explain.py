@@ -92,6 +92,8 @@ def _distance(row: Row, recipe: Recipe) -> str:
         if row.evaluations == 0:
             return "none: the region to change is empty, so these are the source's own pixels"
         return "OUT does not tell: each sample's own field said how far, and that field does not travel"
+    if recipe.method != "boomerang" and row.node:
+        return f"t {row.t}, node {row.node}: its code begins there, and each step was fed that code's own noise"
     if row.node == 0 or row.sigma is None:
         return f"t {row.t}: none; the image was decoded and written again, and no noise was added"
     share = noise_share(row.sigma) or 0.0

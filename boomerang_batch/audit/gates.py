@@ -30,7 +30,8 @@ def judge(findings: Findings, limits: Gates) -> tuple[Gate, ...]:
     ):
         if limit is None:
             continue
-        readings = findings.of(measure)
+        # Where a guess is always right, as among a single candidate, nothing can be told.
+        readings = [one for one in findings.of(measure) if one.chance is None or one.chance < 1]
         _require(findings, name, readings, attackers=_ATTACKERS.get(measure, ("",)))
         found += _judged(name, limit, readings, high_is_bad=high_is_bad)
     return tuple(found)

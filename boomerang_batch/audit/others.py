@@ -30,6 +30,8 @@ class Others:
 
 
 NONE = Others()
+TRAINING = "--training"
+_FEW = 100
 
 
 def read_others(
@@ -64,6 +66,12 @@ def read_others(
         left_out.append(f"{flag}: {len(unreadable)} of the images looked at can't be read and are left out")
     if ours_too:
         left_out.append(f"{flag}: {ours_too} of the images looked at are audited sources and are left out")
+    if ours_too and flag == TRAINING:
+        left_out.append(
+            "the model was trained on sources of this output; the bound supposes that it was not, and is none"
+        )
+    if 0 < count < _FEW:
+        left_out.append(f"{flag}: {count} images hardly tell what is near; give {_FEW} or more")
     if not count:
         why = "; ".join([*left_out, *unreadable[:1]]) or "its shards hold no sample that can be read"
         raise ManifestError(f"{flag} {manifest.name}: no image is left to compare with ({why}); give others")

@@ -134,7 +134,7 @@ def _shown(sample: Sample, recipe: Recipe) -> Iterator[object]:
 def label_of(sample: Sample, row: Row, recipe: Recipe) -> int:
     """The class of a sample: what the model was told, else what stands in the field `cls`."""
     labels = recipe.model.class_labels
-    if row.label is not None:
+    if row.label is not None and recipe.target is None:  # else it is what the output became
         return row.label
     try:
         return fields.read_label(sample, labels.field.lower() if labels else LABEL_FIELD)

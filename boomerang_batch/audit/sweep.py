@@ -68,7 +68,12 @@ def choose(manifest: Manifest, count: int, *, parts: int = 1) -> list[list[Chose
         if all(len(part) == share for part in found):
             break
     if not all(found):
-        whole = [sample for part in found for sample in part]
+        chosen = (
+            Chosen(stem=entry.stem, key=sample.key, fields=sample.fields, numbers=(0,))
+            for entry in manifest.shards
+            for _, sample in samples_of(entry)
+        )
+        whole = list(itertools.islice(chosen, count))
         found = [whole[number::parts] for number in range(parts)]
     if not all(found):
         raise ManifestError(

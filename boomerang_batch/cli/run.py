@@ -93,7 +93,7 @@ def run(
     click.echo(json.dumps(dataclasses.asdict(report)) if as_json else summary(report))
     if anonymize and report.exit_code == 3:
         links = f"links in {flags.private_dir} tell of which inputs the failed samples were"
-        told = f"{links}, and {log.place} why shards were quarantined"
+        told = f"{links}, and {log.place} why shards were quarantined" if report.quarantined else links
         click.echo(log_lines.line(logging.WARNING, told, text=told), err=True)
     if plan is not None:
         told = plan.compared_with(report)

@@ -15,9 +15,9 @@ FIELD = "code.safetensors"
 """The field of a shard that holds a code."""
 
 
-def code_bytes(codes: Sequence[Code]) -> bytes:
-    """The codes of an image's pieces, in order. Equal codes give equal bytes."""
-    tensors = {}
+def code_bytes(codes: Sequence[Code], *, proof: bytes) -> bytes:
+    """The codes of an image's pieces, in order, with what proves whose they are; equal ones in equal bytes."""
+    tensors = {"proof": torch.frombuffer(bytearray(proof), dtype=torch.uint8)}
     for index, code in enumerate(codes):
         tensors[f"{index}.x_n"] = code.x_n.contiguous()
         if code.residuals is not None:
@@ -25,10 +25,18 @@ def code_bytes(codes: Sequence[Code]) -> bytes:
     return save(tensors)
 
 
-def read_codes(data: bytes, *, pieces: int, steps: int) -> list[Code]:
-    """What `code_bytes` was given, for walks of so many steps. Raises SampleError `bad-code` for others."""
+def read_codes(data: bytes, *, proof: bytes | None, pieces: int, steps: int) -> list[Code]:
+    """What `code_bytes` was given, for walks of so many steps; `proof` None: whosever it is.
+
+    Raises SampleError `bad-code` for anything else, and `stale-code` where it was drawn of something else.
+    """
     try:
         tensors = load(data)
+        if proof is not None and tensors["proof"].numpy().tobytes() != proof:
+            raise SampleError(
+                "stale-code",
+                "its code was drawn of another image, or by another run; --only-failed draws it anew",
+            )
         found = [
             Code(x_n=tensors[f"{index}.x_n"], residuals=tensors.get(f"{index}.residuals"))
             for index in range(pieces)
@@ -37,6 +45,6 @@ def read_codes(data: bytes, *, pieces: int, steps: int) -> list[Code]:
         raise SampleError("bad-code", f"what is kept of it is no code: {error}") from error
     for code in found:
         shape = (steps + 1, *code.x_n.shape)
-        if code.x_n.dtype != torch.float32 or (code.residuals is not None and code.residuals.shape != shape):
+        if code.x_n.dtype != torch.float32 or code.residuals is None or code.residuals.shape != shape:
             raise SampleError("bad-code", f"its code is not one of {steps} steps, as this walk has")
     return found

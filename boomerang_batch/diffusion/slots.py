@@ -246,14 +246,17 @@ class Slots:
             self._rows["known"][place] = outside
             self._rows["mask"][place] = to_device(mask, self._device)
         self._jump(self._rows, places, x_0, draws, [0] * len(draws))
-        for place, draw, begin in zip(places, draws, x_0, strict=True):
-            slot = _Slot(draw=draw, node=draw.walk.n)
+        slots = [_Slot(draw=draw, node=draw.walk.n) for draw in draws]
+        for place, slot, begin in zip(places, slots, x_0, strict=True):
+            draw = slot.draw
             if draw.code is not None or draw.path == "ddim":
                 self._rows["x"][place] = begin  # with no jump
             if draw.code is not None and draw.code.residuals is not None:
                 slot.fed = upload(draw.code.residuals, self._device)
             if draw.leaves_residuals:
                 slot.drawn.append(self._rows["x"][place].clone())
+        # Only now does anything change: memory may have run out above.
+        for place, slot in zip(places, slots, strict=True):
             self._slots[place] = slot
         del self._encoded[: len(places)]
 

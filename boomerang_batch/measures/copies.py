@@ -32,8 +32,9 @@ Indices = NDArray[np.int64]
 class TrainingCopies:
     """Of the model's own training images. `closest` (n,) is each output's distance to the nearest of them.
 
-    `baseline` (m,) is that of each source, and `threshold` its 5th percentile; `below` is the share of outputs
-    nearer than that, `swaps` the share that besides is nearer to a training image than to its own source.
+    `baseline` (m,) is that of each source, and `threshold` the 5th percentile of the hold-out's, or without one
+    of `baseline`; `below` is the share of outputs nearer than that, `swaps` the share that besides is nearer to
+    a training image than to its own source.
     """
 
     closest: Distances
@@ -131,7 +132,7 @@ def copies(
         own_is_closest=_share(own_distance < others),
         near_duplicates=_share(twins < duplicate_threshold),
         duplicate_threshold=duplicate_threshold,
-        training=None if training is None else _of_training(outputs, sources, own_distance, training),
+        training=None if training is None else _of_training(outputs, sources, own_distance, training, kept),
         misses=int((~seen).sum()),
     )
 
@@ -144,13 +145,19 @@ def exact_duplicates(images: NDArray[np.uint8]) -> Rate:
 
 
 def _of_training(
-    outputs: Features, sources: Features, own_distance: Distances, training: Features
+    outputs: Features,
+    sources: Features,
+    own_distance: Distances,
+    training: Features,
+    holdout: Features | None,
 ) -> TrainingCopies:
     kept = training[was_found(training)]
     if not len(kept):
         raise MeasureError("nothing was found in any of the training images; give others, or none")
     closest, usual = (nearest_rows(rows, kept)[1][:, 0] for rows in (outputs, sources))
-    threshold = float(np.percentile(usual, PERCENTILE))
+    # Sources may be among what the model was trained on, and then tell nothing of what is near.
+    strangers = usual if holdout is None else nearest_rows(holdout, kept)[1][:, 0]
+    threshold = float(np.percentile(strangers, PERCENTILE))
     below = closest < threshold
     return TrainingCopies(
         closest=closest,

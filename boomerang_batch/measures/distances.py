@@ -23,7 +23,7 @@ MOST_FOR_PAIRS = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class PairDistances:
-    """How far apart records of one group are, in the records' units; nan where no group has two."""
+    """How far apart records of one group are that differ, in the records' units; nan where none do."""
 
     least: float
     median: float
@@ -109,6 +109,7 @@ def pair_distances(records: NDArray[Any], *, groups: NDArray[np.int64], seed: in
             total += squared_distances(part, part)
         found.append(np.sqrt(total[np.triu_indices(len(group), 1)]))
     every = np.concatenate(found)
+    every = every[every > 1e-6 * every.max(initial=0.0)]  # equal ones are no two to decide between
     if not len(every):
         return PairDistances(least=np.nan, median=np.nan, largest=np.nan, pairs=0)
     least, median, largest = np.quantile(every, [0, 0.5, 1])

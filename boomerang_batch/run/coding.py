@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -30,6 +30,9 @@ from boomerang_batch.run.stages import Made, Output, Prepared
 from boomerang_batch.run.transform import Transform
 
 FOLDER = "codes"
+MAX_CODE_BYTES = 4 << 30
+_BACK = 1e-3
+"""As a share of the value range: outputs that are nearer to their source are their source, but for rounding."""
 
 
 def codes_home(recipe: Recipe, out: str, private_dir: str | None) -> str:
@@ -44,10 +47,22 @@ def codes_home(recipe: Recipe, out: str, private_dir: str | None) -> str:
 
 
 def check_target(recipe: Recipe, model: DenoiserSpec) -> None:
-    """Raise ConfigError for a target that means nothing to the model."""
+    """Raise ConfigError for a target that means nothing to the model, or may mean what a source already is."""
     target = recipe.target
     if target is None:
         return
+    if recipe.purpose == "anonymize" and (model.latent or model.conditioning == "prompt"):
+        raise ConfigError(
+            f"method {recipe.method} under purpose anonymize takes a pixel model that is told classes: two "
+            "prompts may mean the same, and behind an autoencoder nobody sees whether a code gave its source"
+            " back"
+        )
+    prompts = recipe.model.prompts
+    if model.conditioning == "prompt" and (prompts is None or prompts.field is None):
+        raise ConfigError(
+            "a target for a model that is told prompts needs model.prompts.field, each sample's own: where one "
+            "prompt is for all, the text encoders are let go"
+        )
     if target.label is not None and (model.conditioning != "label" or target.label >= (model.classes or 0)):
         raise ConfigError(
             f"target.label {target.label} is no class of this model, which has {model.classes or 'none'}"
@@ -71,7 +86,9 @@ class Encoding(Transform):
         prepared, number = made.prepared, self.number(made)
         if not all(_is_finite(code) for code in made.codes):
             raise SampleError("non-finite-output", "the model returned NaN or infinity; try dtype float32")
-        data = code_bytes(made.codes)
+        data = code_bytes(made.codes, proof=self.proof(prepared, number))
+        if len(data) > MAX_CODE_BYTES:
+            raise SampleError("code-too-large", f"its code has {len(data):,} bytes; take fewer steps")
         key = self._naming.row_key(shard=prepared.shard, key=prepared.source.key or "", variant=number)
         row = dataclasses.replace(
             self._rows.drawn(
@@ -95,15 +112,20 @@ class Encoding(Transform):
 class Decoding(Transform):
     """Makes outputs of the codes of one shard, under the recipe's target."""
 
-    def __init__(self, *arguments: Any, codes: Codes, **options: Any) -> None:
+    def __init__(
+        self, *arguments: Any, codes: Codes, wants: Callable[[str | None, int], bool], **options: Any
+    ) -> None:
+        """`wants` tells which outputs, by key and number, there are to be."""
         super().__init__(*arguments, **options)
         self._codes = codes
+        self._wants = wants
 
     def prepare(self, sample: Sample, *, shard: str) -> Prepared:
-        """As a Transform does, to be told the target. Raises SampleError too where a code is missing."""
+        """As a Transform does, to be told the target. Raises SampleError too where a code is missing or bad."""
         prepared = super().prepare(sample, shard=shard)
         for variant in range(self._recipe.variants):
-            self._codes.require(self._name(prepared, variant))
+            if prepared.canvas.pieces and self._wants(sample.key, variant):
+                self._read(prepared, variant, proof=self.proof(prepared, variant))
         target = self._target(sample, prepared.condition)
         if self._recipe.purpose == "anonymize" and target == prepared.condition:
             raise SampleError(
@@ -115,13 +137,36 @@ class Decoding(Transform):
         """As a Transform does, fed the codes."""
         codes: list[Code] = []
         for draw in super().draws(prepared):
-            if draw.tag.index == 0:
-                codes = read_codes(
-                    self._codes.read(self._name(prepared, draw.tag.variant)),
-                    pieces=len(prepared.canvas.pieces),
-                    steps=draw.walk.n,
-                )
-            yield dataclasses.replace(draw, code=codes[draw.tag.index])
+            if self._wants(prepared.source.key, draw.tag.variant):
+                if draw.tag.index == 0:
+                    codes = self._read(prepared, draw.tag.variant)
+                yield dataclasses.replace(draw, code=codes[draw.tag.index])
+
+    def finish(self, made: Made, *, seen: Seen) -> Output:
+        """As a Transform does. Raises SampleError too where what is to be hidden came back."""
+        low, high = self._model.value_range
+        for piece, x_0 in zip(made.prepared.canvas.pieces, made.pieces, strict=True):
+            apart = float((x_0 - piece.image).square().mean().sqrt())
+            if self._recipe.purpose == "anonymize" and apart < _BACK * (high - low):
+                raise SampleError("output-equals-input", "the code gave its image back; take another target")
+        return super().finish(made, seen=seen)
+
+    def _told_label(self, prepared: Prepared) -> int | None:
+        """The class it became, where the recipe or what travels says it anyway."""
+        target = self._recipe.target
+        if target is None:
+            return super()._told_label(prepared)
+        known = target.label is not None or (target.field or "").lower() in prepared.shows
+        return prepared.condition if known and isinstance(prepared.condition, int) else None
+
+    def _read(self, prepared: Prepared, variant: int, *, proof: bytes | None = None) -> list[Code]:
+        """The codes of a variant's pieces. Raises SampleError where they are none, or not of this `proof`."""
+        return read_codes(
+            self._codes.read(self._name(prepared, variant)),
+            proof=proof,
+            pieces=len(prepared.canvas.pieces),
+            steps=prepared.walks[variant].walk.n,
+        )
 
     def _must_change(self, prepared: Prepared, variant: int) -> bool:
         """A code may give back its image, which is what it is for, unless the image is to be hidden."""
@@ -157,7 +202,8 @@ class Codes:
         url = storage.join(home, marker.stem + TAR_SUFFIX)
         with storage.open_read(url) as stream:
             measured = Measured(stream)
-            for item in read_samples(cast("BinaryIO", measured), shard=url):
+            samples = read_samples(cast("BinaryIO", measured), shard=url, max_member_bytes=MAX_CODE_BYTES)
+            for item in samples:
                 if isinstance(item, Sample) and FIELD in item.fields:
                     place = folder / f"{len(self._places)}.safetensors"
                     place.write_bytes(item.fields[FIELD])
@@ -169,13 +215,10 @@ class Codes:
                 "drawn again"
             )
 
-    def require(self, name: str) -> None:
-        """Raise SampleError where there is no code of this name."""
+    def read(self, name: str) -> bytes:
+        """The code of this name, as it is kept. Raises SampleError where there is none."""
         if name not in self._places:
             raise SampleError("no-code", "no code could be drawn of it; the rows of the codes say why")
-
-    def read(self, name: str) -> bytes:
-        """The code of this name, as it is kept."""
         return self._places[name].read_bytes()
 
 

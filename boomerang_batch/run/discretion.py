@@ -15,14 +15,21 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from boomerang_batch.errors import ConfigError, GateError, ManifestError, StoppedError, StorageError
+from boomerang_batch.errors import (
+    ConfigError,
+    GateError,
+    ManifestError,
+    MeasureError,
+    StoppedError,
+    StorageError,
+)
 
 HIDDEN = "[private]"
 PLAIN: Final[Mapping[str, object]] = {"_plain": True}
 """The `extra` of a record whose texts come from no input."""
 
 _PACKAGE = "boomerang_batch"
-_OF_THE_USERS_OWN = (ConfigError, StoppedError, GateError)
+_OF_THE_USERS_OWN = (ConfigError, StoppedError, GateError, MeasureError)
 """Errors that quote what the user wrote, machines and OUT; manifests apart, which name inputs."""
 
 

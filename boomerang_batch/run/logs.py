@@ -8,7 +8,6 @@ keeps a log of its own there.
 
 from __future__ import annotations
 
-import contextlib
 import datetime as dt
 import json
 import logging
@@ -78,9 +77,13 @@ class KeptLog(logging.Handler):
             self._last_words(error)
         elif log_lines.hides(error) and self._private_dir is not None:
             # But what is said nowhere else must stand somewhere.
-            with contextlib.suppress(PrivateDirError):
+            try:
                 prepare_private_dir(self._private_dir, out=self._out)
-            self._last_words(error)
+            except (PrivateDirError, StorageError, OSError) as refused:
+                told = "nothing is kept of what went wrong, for there is no private dir to keep it in: %s"
+                _log.warning(told, refused, extra=PLAIN)
+            else:
+                self._last_words(error)
 
     def _last_words(self, error: BaseException | None) -> None:
         if isinstance(error, BoomerangError):

@@ -149,6 +149,8 @@ def make_plan(
 
     Raises BoomerangError where the recipe's model or the manifest's shards can't be read.
     """
+    if recipe.method != "boomerang":
+        raise ConfigError(f"method {recipe.method}: plan counts no codes yet, and knows boomerang alone")
     with tempfile.TemporaryDirectory(prefix="boomerang-") as folder:
         probe = _probe(recipe, manifest, Path(folder), samples=samples, device=device, threads=threads)
     count, estimated = _count_samples(manifest.shards, probe)

@@ -133,7 +133,7 @@ class Runner:
             transform = Transform(*self._made_with, flags=self._flags)
         else:
             codes = self._codes(self._codes_home, task, scratch, stopped)
-            transform = Decoding(*self._made_with, flags=self._flags, codes=codes)
+            transform = Decoding(*self._made_with, flags=self._flags, codes=codes, wants=task.wants)
         with (
             self._ledger(task, scratch) as ledger,
             journal.opened(self._journals, task.name, scratch=scratch, every=every) as kept,

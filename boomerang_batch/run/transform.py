@@ -278,8 +278,6 @@ class Transform:
         return label
 
     def _output(self, prepared: Prepared, number: int, field: str, data: bytes, template: Row) -> Output:
-        labels = self._recipe.model.class_labels
-        told = labels is not None and labels.field.lower() in prepared.shows
         row = self._rows.filled(
             template,
             shard=prepared.shard,
@@ -288,7 +286,7 @@ class Transform:
             image=prepared.image,
             data=data,
             field=field,
-            label=prepared.condition if told and isinstance(prepared.condition, int) else None,
+            label=self._told_label(prepared),
         )
         key = member_key(self._recipe, row.key or "", number)
         contents = fields.with_image(field, data, prepared.travelling)
@@ -300,6 +298,12 @@ class Transform:
         for name in contents:
             check_name(key, name)
         return Output(row=row, member_key=key, fields=contents)
+
+    def _told_label(self, prepared: Prepared) -> int | None:
+        """The class that the model was told, where rows may tell it."""
+        labels = self._recipe.model.class_labels
+        told = labels is not None and labels.field.lower() in prepared.shows
+        return prepared.condition if told and isinstance(prepared.condition, int) else None
 
     def _shown(self, sample: Sample, travelling: Mapping[str, bytes]) -> frozenset[str]:
         if self._recipe.purpose != "anonymize":
