@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from boomerang_batch.audit import calibrate as module
-from boomerang_batch.audit.bounding import noise_of
+from boomerang_batch.audit.bounding import least_noise, noise_of, promised_noise
 from boomerang_batch.audit.calibrate import Calibration, Target, calibrate
 from boomerang_batch.audit.findings import ALL, OUTPUTS
 from boomerang_batch.audit.sweep import Sweep, choose, plain, sweep
@@ -145,6 +145,17 @@ def test_the_least_noise_of_each_variant_counts(recipe: Recipe):
 
     twice = recipe.model_copy(update={"variants": 2})
     assert noise_of(twice, [row(1, 2.0), row(0, 3.0), row(1, 1.0), row(0, None)]) == (1.0, 3.0)
+
+
+def test_the_bound_counts_the_least_noise_of_a_spread_and_not_of_a_sample(tiny_model: Path):
+    """A sample of few may have more than some record that is not in it."""
+    spread = worlds.recipe(tiny_model, "t={fraction: {uniform: [0.3, 0.9]}}", "steps=20", "variants=2")
+    with Rig(spread, device="cpu", threads=1) as rig:
+        least = least_noise(spread, rig.model)
+        floor = Walks(spread, rig.model).at("fraction", 0.3).schedule.relative_sigma
+    assert least == (floor, floor)
+    assert promised_noise((5.0, 4.0), least) == least
+    assert promised_noise((5.0,), least) == (5.0,)  # of one variant nothing is known, and nothing is promised
 
 
 # calibrate

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from boomerang_batch.audit import compare, controls, readings
-from boomerang_batch.audit.bounding import bound, noise_of
+from boomerang_batch.audit.bounding import bound, noise_of, promised_noise
 from boomerang_batch.audit.classify import given_agreement
 from boomerang_batch.audit.findings import ALL, OUTPUTS, Embedding, Findings, Reading
 from boomerang_batch.audit.gates import judge
@@ -90,7 +90,7 @@ def audit(request: AuditRequest) -> Findings:
                 found += controls.redrawn(rig, pairing, records, places, embedders, secret=secret)
                 space = controls.model_space(rig, pairing, records, places, folder)
         found += readings.ceiling(space.ceilings[readings.NEAREST]) if space.ceilings else []
-        noise = noise_of(recipe, records.rows)
+        noise = promised_noise(noise_of(recipe, records.rows), space.least_noise)
         findings = Findings(
             name=record.name,
             purpose=recipe.purpose,

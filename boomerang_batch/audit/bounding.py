@@ -23,6 +23,7 @@ from boomerang_batch.measures import bound as bounds
 from boomerang_batch.measures.distances import pair_distances
 from boomerang_batch.run.scratch import scratch_folder
 from boomerang_batch.run.trial import Chosen, Rig
+from boomerang_batch.run.walks import Walks
 
 LEAST, MEDIAN, LARGEST = "least", "median", "largest possible"
 """Which distance of two candidates a promise is for: among the records, or of any two pictures there can be."""
@@ -58,6 +59,18 @@ def noise_of(recipe: Recipe, rows: Iterable[Row]) -> tuple[float, ...]:
             variant = recipe.variant_of(row.variant)
             found[variant] = min(row.sigma, found.get(variant, math.inf))
     return tuple(found.values())
+
+
+def least_noise(recipe: Recipe, model: DenoiserSpec) -> tuple[float, ...]:
+    """The least noise that each observation may have, whatever a sample had; empty where nobody can say."""
+    walks = Walks(recipe, model)
+    levels = account(recipe, latent=model.latent).least_noise
+    return tuple(walks.at(unit, value).schedule.relative_sigma for unit, value in levels)
+
+
+def promised_noise(found: Sequence[float], least: Sequence[float]) -> tuple[float, ...]:
+    """What the bound counts of the noise `found` in a sample, where a record may have as little as `least`."""
+    return tuple(map(min, sorted(found), sorted(least))) if len(found) == len(least) else tuple(found)
 
 
 def distances(x_0: NDArray[np.float32], *, groups: NDArray[np.int64], model: DenoiserSpec) -> dict[str, float]:

@@ -78,6 +78,8 @@ class Space:
     """How far candidates are apart, by which distance it is."""
     missing: str = ""
     """Why there is no ceiling, though a model was loaded."""
+    least_noise: tuple[float, ...] = ()
+    """Of each observation, whatever the records at hand have; empty where nobody can say."""
 
 
 def redrawn(
@@ -122,7 +124,8 @@ def model_space(rig: Rig, pairing: Pairing, records: Records, places: Sequence[i
         attacker: noise_ceiling(x_0 if at is every else x_0[at], sigmas[at], groups=records.groups[at])
         for attacker, at in among.items()
     }
-    return Space(latent=latent, ceilings=ceilings, deltas=deltas)
+    least = bounding.least_noise(pairing.recipe, rig.model)
+    return Space(latent=latent, ceilings=ceilings, deltas=deltas, least_noise=least)
 
 
 def _of_sources(
