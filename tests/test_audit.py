@@ -22,8 +22,9 @@ from boomerang_batch.audit.controls import AT_0, AT_T, SECRET_KNOWN
 from boomerang_batch.audit.findings import ALL, Findings, load_findings
 from boomerang_batch.audit.gates import judge
 from boomerang_batch.audit.pairs import Pairing, gather
-from boomerang_batch.audit.records import Records
+from boomerang_batch.audit.records import NO_LABEL, Records
 from boomerang_batch.audit.sweep import choose, sweep
+from boomerang_batch.audit.words import describe
 from boomerang_batch.cli import main
 from boomerang_batch.config.blocks import Gates
 from boomerang_batch.config.pipeline import Recipe
@@ -32,6 +33,8 @@ from boomerang_batch.errors import ConfigError, ManifestError, MeasureError, Pri
 from boomerang_batch.measures import embedders
 from boomerang_batch.measures.ceiling import noise_ceiling
 from boomerang_batch.measures.classifiers import CheckedClassifier
+from boomerang_batch.report.measured import sections
+from boomerang_batch.report.sections import Verdict
 from boomerang_batch.run.record import require_record
 from boomerang_batch.run.trial import Rig
 from tests import worlds
@@ -174,16 +177,68 @@ def test_a_gate_is_judged_by_the_bad_end(found: Findings):
     found = dataclasses.replace(
         found, embeddings=found.embeddings[:1], readings=(rated, trained, *found.of("label-agreement"))
     )
-    gates = judge(found, Gates(max_rank1=0.5, min_label_agreement=0.0))
+    gates = judge(found, Gates(max_rank1=0.5, min_label_agreement=0.0)).gates
     assert [gate.broken for gate in gates if gate.gate == "min_label_agreement"] == [False, False]
     assert all(gate.broken for gate in gates if gate.gate == "max_rank1")
-    assert [gate.broken for gate in judge(found, Gates(max_rank1=0.6))] == [False, False]
-    with pytest.raises(MeasureError, match=r"max_rank1: nothing was measured .* by the attacker trained"):
-        judge(dataclasses.replace(found, readings=(rated,)), Gates(max_rank1=0.6))
-    assert judge(found, Gates()) == ()
-    nothing = dataclasses.replace(found, readings=())
-    with pytest.raises(MeasureError, match="gate max_tar: nothing was measured of it"):
-        judge(nothing, Gates(max_tar=0.5))
+    assert [gate.broken for gate in judge(found, Gates(max_rank1=0.6)).gates] == [False, False]
+    assert judge(found, Gates()) == found
+
+
+def test_a_limit_that_nothing_tells_of_is_neither_kept_nor_broken(found: Findings):
+    nearest = dataclasses.replace(found.of("rank-1")[0], value=0.5, low=0.4, high=0.6)
+    alone = dataclasses.replace(found, embeddings=found.embeddings[:1], readings=(nearest,))
+    judged = judge(alone, Gates(max_rank1=0.6, max_tar=0.5))
+    assert [gate.broken for gate in judged.gates] == [False]
+    assert [said.partition(": audit")[0].partition(";")[0] for said in judged.unjudged] == [
+        "gate max_rank1: nothing was measured of it in the features pixels by the attacker trained",
+        "gate max_tar: nothing was measured of it in the features pixels by the attacker nearest",
+    ]
+    page = describe(judged)
+    assert "NOT JUDGED: gate max_tar" in page
+    [linked, *_] = sections(judged)
+    assert linked.verdict == Verdict(fine=False, text="Limits were set that could not be judged")
+    assert "Gate max_tar: nothing was measured" in linked.points[0].sentences[1]
+
+
+@pytest.mark.slow
+def test_an_audit_whose_gate_can_not_be_judged_is_kept_and_is_no_success(
+    world: tuple[Path, Path, Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def unknown(records: Records, seen: compare.Seen) -> list[object]:
+        raise MeasureError("nobody can tell")
+
+    monkeypatch.setattr(compare, "kept", unknown)
+    out, manifest, _ = world
+    words = ["audit", str(out), "--against", str(manifest), "--redraw", "0", "--save", str(tmp_path / "a.json")]
+    words += ["--private-dir", f"{out}-private", "--embedder", "pixels", "--max-fd", "1"]
+    told = CliRunner().invoke(main, words)
+    assert told.exit_code == 1, told.output
+    assert "NOT JUDGED: gate max_fd: nothing was measured of it" in told.stdout
+    assert "error: gate max_fd: nothing was measured of it" in told.stderr
+    assert load_findings(str(tmp_path / "a.json")).unjudged
+    told = CliRunner().invoke(main, [*words, "--max-rank1", "0"])
+    assert told.exit_code == 4, told.output
+
+
+@pytest.mark.parametrize(
+    ("limits", "changes", "reason"),
+    [
+        ({"min_label_agreement": 0.8}, {"labels": np.full(80, NO_LABEL)}, "no source audited has a label"),
+        ({"min_label_agreement": 0.8}, {"labels": np.zeros(80, np.int64)}, "have the same label"),
+        ({"max_rank1": 0.5}, {"identities": np.zeros(80, np.int64)}, "half of the records are 0 pairs"),
+        ({"max_rank1": 0.5}, {"groups": np.arange(80)}, "a guess is always right"),
+        ({"max_tar": 0.5}, {"groups": np.arange(80) // 2}, "80 pairs of strangers are too few"),
+    ],
+)
+def test_what_no_record_tells_is_refused_before_any_is_compared(
+    world: tuple[Path, Path, Recipe], monkeypatch: pytest.MonkeyPatch, limits, changes, reason
+):
+    out, manifest, _ = world
+    gathered = module.gather
+    monkeypatch.setattr(module, "gather", lambda *a, **b: dataclasses.replace(gathered(*a, **b), **changes))
+    monkeypatch.setattr(module.known, "load", lambda *a, **b: pytest.fail("was loaded"))
+    with pytest.raises(MeasureError, match=f"gate {next(iter(limits))}: nothing can be measured .*{reason}"):
+        audit(asked(out, manifest, gates=Gates(**limits)))
 
 
 @pytest.mark.slow

@@ -204,7 +204,7 @@ def test_the_worst_classifier_keeps_a_gate_or_breaks_it():
     records = recorded(parities(1 - labels), parities(labels), labels=labels)
     given = [*given_agreement(CheckedClassifier(Parity()), records)]
     trained = dataclasses.replace(given[0], features="pixels", value=1.0, low=0.94, high=1.0)
-    gates = judge(told(trained, *given), Gates(min_label_agreement=0.9))
+    gates = judge(told(trained, *given), Gates(min_label_agreement=0.9)).gates
     assert [gate.broken for gate in gates] == [False, True]
 
 

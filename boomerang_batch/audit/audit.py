@@ -7,7 +7,6 @@ and the noise ceiling: what the forward jump alone, before any network, lets thr
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Sequence
@@ -19,9 +18,9 @@ from numpy.typing import NDArray
 
 from boomerang_batch.audit import compare, controls, readings
 from boomerang_batch.audit.bounding import bound, noise_of, promised_noise
-from boomerang_batch.audit.classify import given_agreement
+from boomerang_batch.audit.classify import given_agreement, require_labels
 from boomerang_batch.audit.findings import ALL, OUTPUTS, Embedding, Findings, Reading
-from boomerang_batch.audit.gates import judge
+from boomerang_batch.audit.gates import check_limits, judge
 from boomerang_batch.audit.others import Others, read_others
 from boomerang_batch.audit.pairs import Pairing, gather
 from boomerang_batch.audit.recorded import open_rig
@@ -67,13 +66,19 @@ class AuditRequest:
 
 
 def audit(request: AuditRequest) -> Findings:
-    """Measure it. Raises MeasureError where the sample is too small, BoomerangError for what is missing."""
+    """Measure it. Raises MeasureError where the sample is too small, BoomerangError for what is missing.
+
+    What a gate had nothing to go by stands in the findings, which are worth having all the same; but where the
+    records alone show it, nothing is measured and that is the error.
+    """
     record = require_record(request.out)
     pairing = Pairing(request.out, record, request.manifest, private_dir=request.private_dir)
     recipe = pairing.recipe
     classifiers = _classifiers(request)
     with scratch_folder() as folder:
         records = gather(pairing, samples=request.samples, folder=folder)
+        check_limits(request.gates, records)
+        require_labels(classifiers, records)
         others, left_out = _others(request, pairing, records, folder)
         embedders = [known.load(name, fit_on=records.sources[:_FITTED_ON]) for name in request.embedders]
         seen = [compare.Seen.by(embedder, records) for embedder in embedders]
@@ -108,7 +113,7 @@ def audit(request: AuditRequest) -> Findings:
             worst=tuple(compare.worst(records, seen)),
             warnings=(*left_out, *missing, *_warnings(request, pairing, records, space, found)),
         )
-    return dataclasses.replace(findings, gates=judge(findings, request.gates))
+    return judge(findings, request.gates)
 
 
 def _classifiers(request: AuditRequest) -> list[given.Classifier]:

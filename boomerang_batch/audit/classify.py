@@ -7,7 +7,7 @@ of sources stands beside: that is what agreement is to be compared with. A given
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,10 @@ from boomerang_batch.measures.classifiers import Classifier
 
 _STRENGTHS = np.logspace(-6, 2, 9)
 _LEAST = 20
+NO_LABELS = (
+    "no source audited has a label to compare with, neither one that the model was told nor a number in the "
+    f"field {LABEL_FIELD}"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,17 +76,42 @@ def label_agreement(
 ) -> Iterator[Reading]:
     """The share of outputs, and of sources, that a classifier of other records' sources gives their label.
 
-    Nothing where fewer than 20 labelled records are left to learn from, or to ask about, or one class is all.
+    Nothing where `no_agreement` of the records in which something was found.
     """
     usable = (labels != NO_LABEL) & ~(np.isnan(outputs).any(axis=1) | np.isnan(sources).any(axis=1))
+    if no_agreement(np.where(usable, labels, NO_LABEL), identities):
+        return
     train = training_half(identities)
     learned, asked = usable & train, usable & ~train
-    if min(learned.sum(), asked.sum()) < _LEAST or len(np.unique(labels[learned])) < 2:
-        return
     classifier = learn_labels(sources[learned], labels[learned])
     for subject, rows in ((OUTPUTS, outputs), ("sources", sources)):
         right = classifier.predict(rows[asked]) == labels[asked]
         yield from _agreement(right, labels[asked], subject=subject, features=features)
+
+
+def no_agreement(labels: NDArray[np.int64], identities: NDArray[np.int64]) -> str | None:
+    """Why no classifier can be trained and asked; None where one can be.
+
+    It takes 20 labelled records to learn from, of two classes, and as many to ask about.
+    """
+    if (labels == NO_LABEL).all():
+        return NO_LABELS
+    train = training_half(identities)
+    learned, asked = (int((labels[half] != NO_LABEL).sum()) for half in (train, ~train))
+    if min(learned, asked) < _LEAST:
+        return (
+            f"{learned} labelled records to train a classifier on and {asked} to ask it about are too few; "
+            f"take {_LEAST} of each"
+        )
+    if len(np.unique(labels[train & (labels != NO_LABEL)])) < 2:
+        return "all records to train a classifier on have the same label"
+    return None
+
+
+def require_labels(classifiers: Sequence[Classifier], records: Records) -> None:
+    """Raises MeasureError where a classifier is given and no record has a label to compare with."""
+    if classifiers and (records.labels == NO_LABEL).all():
+        raise MeasureError(f"--classifier {classifiers[0].name}: {NO_LABELS}; leave it out")
 
 
 def given_agreement(classifier: Classifier, records: Records) -> Iterator[Reading]:
@@ -90,12 +119,8 @@ def given_agreement(classifier: Classifier, records: Records) -> Iterator[Readin
 
     Raises MeasureError where no record has a label.
     """
+    require_labels([classifier], records)
     labelled = records.labels != NO_LABEL
-    if not labelled.any():
-        raise MeasureError(
-            f"--classifier {classifier.name}: no source audited has a label to compare with, neither one that "
-            f"the model was told nor a number in the field {LABEL_FIELD}; leave it out"
-        )
     labels = records.labels[labelled]
     wanted = np.array([str(label) for label in labels])
     first, every = np.unique(records.identities, return_index=True, return_inverse=True)[1:]

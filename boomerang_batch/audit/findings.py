@@ -145,6 +145,8 @@ class Findings:
     worst: tuple[Case, ...] = ()
     warnings: tuple[str, ...] = ()
     gates: tuple[Gate, ...] = ()
+    unjudged: tuple[str, ...] = ()
+    """What limits had nothing to go by, a sentence each: they are neither kept nor broken."""
 
     def of(self, measure: str, subject: str = OUTPUTS, stratum: str = ALL) -> list[Reading]:
         """The readings of one measure, one for each attacker and embedder."""

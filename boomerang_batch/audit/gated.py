@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from boomerang_batch.config.blocks import RunGate
-from boomerang_batch.errors import ConfigError, GateError
+from boomerang_batch.errors import ConfigError, GateError, MeasureError
 from boomerang_batch.measures import embedders as known
 from boomerang_batch.run.discretion import PLAIN
 from boomerang_batch.run.request import RunRequest
@@ -35,7 +35,7 @@ def judge_of(request: RunRequest) -> Callable[[], None] | None:
 
 
 def _judge(request: RunRequest, gate: RunGate) -> None:
-    """Raises GateError with every limit that is broken."""
+    """Raises GateError with every limit that is broken, MeasureError for one that nothing tells of."""
     from boomerang_batch.audit.audit import AuditRequest, audit  # which imports torch
 
     found = audit(
@@ -55,6 +55,8 @@ def _judge(request: RunRequest, gate: RunGate) -> None:
             f"the gate is broken by the first {found.audited} outputs: {'; '.join(map(_said, broken))}. What "
             "is done stays; change the recipe and use an empty OUT, or the limits in run.gate and go on"
         )
+    if found.unjudged:
+        raise MeasureError("; ".join(found.unjudged))
     kept = "; ".join(map(_said, found.gates))
     _log.info("the gate is kept by the first %d outputs: %s", found.audited, kept, extra=PLAIN)
 

@@ -27,6 +27,7 @@ def describe(findings: Findings) -> str:
             f"gate {gate.gate} {gate.limit:g}: {kept} by {gate.reading}: {_short(gate.value)}, and may be "
             f"{_short(gate.bad_end)}"
         )
+    lines += [f"NOT JUDGED: {one}" for one in findings.unjudged]
     copies = f"copies: nearer than 95 % of {_no_copies(findings)}"
     for title, measures in (("linked to their sources", LINKED), (copies, COPIES), ("use", USE)):
         lines += ["", title, *_table(findings, measures)]

@@ -91,7 +91,8 @@ def audit(
 ) -> None:
     """Measure the output in OUT: who is linked to a source, what is copied, what use is left.
 
-    A gate is kept by the bad end of a 95 % interval. Exit code 4: one is broken.
+    A gate is kept by the bad end of a 95 % interval. Exit code 4: one is broken; 1: none is, but one had
+    nothing to go by.
 
     \b
     Examples:
@@ -106,7 +107,7 @@ def audit(
     from boomerang_batch.audit.origin import is_private
     from boomerang_batch.audit.words import describe
     from boomerang_batch.config.blocks import Gates
-    from boomerang_batch.errors import ConfigError
+    from boomerang_batch.errors import ConfigError, MeasureError
     from boomerang_batch.run.record import require_record
 
     anonymized = is_private(require_record(out))
@@ -137,7 +138,10 @@ def audit(
     )
     storage.publish_bytes(findings.to_bytes(), place)
     click.echo(findings.to_bytes().decode() if as_json else describe(findings), nl=not as_json)
-    context.exit(4 if any(gate.broken for gate in findings.gates) else 0)
+    if any(gate.broken for gate in findings.gates):
+        context.exit(4)
+    if findings.unjudged:
+        raise MeasureError("; ".join(findings.unjudged))
 
 
 def _manifest(flag: str, ref: str) -> Manifest:

@@ -20,6 +20,11 @@ LEAST_FALSE_ACCEPTS = 10
 """How many impostors a false-accept rate must let through for a threshold to be calibrated on them."""
 
 
+def false_accepts(far: float, impostors: int) -> int:
+    """How many impostor pairs a false-accept rate lets through."""
+    return math.floor(far * impostors + 1e-9)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrueAccepts:
     """Genuine pairs accepted at a false-accept rate."""
@@ -65,7 +70,7 @@ class Verification:
         self._rows = rows
         self._by_row, self._by_column = np.zeros(records), np.zeros(records)
         self._pairs_by_record = np.zeros(records)
-        self._passing = [math.floor(far * impostors + 1e-9) for far in fars]
+        self._passing = [false_accepts(far, impostors) for far in fars]
         self._nearest = _Smallest(1 + max(self._passing, default=0))
 
     def add(

@@ -15,7 +15,7 @@ from boomerang_batch.audit.names import COPIES, LINKED, USE, Measure
 from boomerang_batch.errors import ConfigError
 from boomerang_batch.report.facts import Facts
 from boomerang_batch.report.sections import Curve, Line, Points, Section, Table, Verdict
-from boomerang_batch.report.words import number, percent, plural
+from boomerang_batch.report.words import number, percent, plural, sentence
 
 _CEILING = "noise ceiling"
 _ROWS = 60
@@ -108,6 +108,7 @@ def _linked(findings: Findings, readings: Sequence[Reading]) -> Section:
         caption = "The same at the first guess where the answer is known"
         tables.append(_table(caption, controls, LINKED))
     ranks = _ranks(readings)
+    cautions = (*map(sentence, findings.unjudged), *findings.warnings)
     return Section(
         anchor="linked",
         title="Who can be found again",
@@ -120,7 +121,7 @@ def _linked(findings: Findings, readings: Sequence[Reading]) -> Section:
         curves=(ranks,) if ranks else (),
         tables=tuple(tables) if outputs or controls else (),
         details=(_table("Every measure", readings, LINKED),),
-        points=(Points(heading="Take care", sentences=findings.warnings),) if findings.warnings else (),
+        points=(Points(heading="Take care", sentences=cautions),) if cautions else (),
     )
 
 
@@ -129,6 +130,8 @@ def _verdict(findings: Findings, outputs: Sequence[Reading]) -> Verdict | None:
     broken = dict.fromkeys(_gate(gate) for gate in findings.gates if gate.broken)
     if broken:
         return Verdict(fine=False, text=f"{plural(len(broken), 'limit')} broken: {', '.join(broken)}")
+    if findings.unjudged:
+        return Verdict(fine=False, text="Limits were set that could not be judged")
     if kept := dict.fromkeys(_gate(gate) for gate in findings.gates if gate.gate in _GATES_OF_LINKS):
         return Verdict(fine=True, text=f"Every limit was kept: {', '.join(kept)}")
     first = [one for one in outputs if one.measure == "rank-1"]

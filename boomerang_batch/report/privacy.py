@@ -14,7 +14,7 @@ from boomerang_batch.config.accounting import Accounting, account, mu
 from boomerang_batch.measures.bound import two_candidate_accuracy
 from boomerang_batch.report.facts import Facts
 from boomerang_batch.report.sections import Curve, Line, Points, Section, Table, Verdict
-from boomerang_batch.report.words import number, percent, plural
+from boomerang_batch.report.words import number, percent, plural, sentence
 
 _RIGHT = (0.55, 0.6, 0.75, 0.9, 0.99)
 _CURVE_POINTS = 61
@@ -134,7 +134,7 @@ def _uncertified(facts: Facts, accounting: Accounting) -> Section:
         "like their sources.",
     )
     points: tuple[Points, ...] = (
-        Points(heading="Why there is no bound", sentences=tuple(map(_sentence, accounting.reasons))),
+        Points(heading="Why there is no bound", sentences=tuple(map(sentence, accounting.reasons))),
     )
     if meant:
         points += (Points(heading="What is known besides", sentences=(f"{', '.join(accounting.within)}.",)),)
@@ -155,7 +155,3 @@ def _without_figures(accounting: Accounting) -> Section:
         prose=("The figures follow from the noise that was laid over each source, which provenance tells.",),
         points=(Points(heading="What it would suppose, and leave out", sentences=accounting.notes),),
     )
-
-
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:].rstrip(".") + "."

@@ -72,6 +72,11 @@ def percent(share: float) -> str:
     return f"{share * 100:.1f}".removesuffix(".0") + " %"
 
 
+def sentence(text: str) -> str:
+    """With a capital, and a full stop."""
+    return text[:1].upper() + text[1:].rstrip(".") + "."
+
+
 def _level(level: T) -> str:
     unit, value = level.unit
     if isinstance(value, FromField):
