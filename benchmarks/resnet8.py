@@ -81,7 +81,7 @@ def train(material: Material, *, seed: int, augment: bool, epochs: int = EPOCHS)
     draw = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        net = build().train()
+        net = build().train().to(memory_format=torch.channels_last)  # a quarter less time on a CPU
     optimizer = torch.optim.SGD(
         net.parameters(), lr=PEAK_RATE, momentum=0.9, nesterov=True, weight_decay=WEIGHT_DECAY
     )
@@ -96,6 +96,7 @@ def train(material: Material, *, seed: int, augment: bool, epochs: int = EPOCHS)
         order = torch.randperm(len(pictures), generator=draw)
         for batch in order[: per_epoch * BATCH].view(per_epoch, BATCH):
             x = _moved(shown[batch], draw) if augment else shown[batch]
+            x = x.to(memory_format=torch.channels_last)
             loss = functional.cross_entropy(net(x), labels[batch])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
