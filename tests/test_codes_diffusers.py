@@ -34,6 +34,20 @@ class Told:
             return self._unet(x_t, tau, encoder_hidden_states=states).sample
 
 
+class Guided:
+    """`Told`, classifier-free guided away from the last of its states, as the papers' codes do it."""
+
+    def __init__(self, unet: Any, states: Sequence[Tensor], weight: float) -> None:
+        self._told, self._weight, self._empty = Told(unet, states), weight, len(states) - 1
+
+    def denoise(self, x_t: Tensor, tau: Tensor, conditions: Sequence[Condition]) -> Tensor:
+        told = self._told.denoise(x_t, tau, conditions)
+        if self._weight == 1:
+            return told
+        untold = self._told.denoise(x_t, tau, [self._empty] * len(x_t))
+        return untold + self._weight * (told - untold)
+
+
 class Draws:
     """Known normals, in the order in which they are asked for; stands for diffusers' randn_tensor."""
 
@@ -84,7 +98,9 @@ def far(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize("eta", [0.1, 1.0])
 @pytest.mark.parametrize("strength", [0.3, 0.8, 1.0])
-def test_cycle_diffusion_is_diffusers(strength, eta, monkeypatch):
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (1.0, 5.0), (3.0, 2.0)])
+def test_cycle_diffusion_is_diffusers(weights, strength, eta, monkeypatch):
+    """With the source's guidance while the code is drawn, and the target's while it is decoded."""
     parts = tiny_latents.stable_diffusion(noise=scheduler())
     pipeline = cycle.CycleDiffusionPipeline(
         vae=parts.vae,
@@ -108,16 +124,17 @@ def test_cycle_diffusion_is_diffusers(strength, eta, monkeypatch):
     monkeypatch.setattr(cycle, "randn_tensor", draws)
     image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     settings = {"strength": strength, "num_inference_steps": STEPS, "eta": eta}
-    told = {"prompt": "a red cat", "source_prompt": "a dog", "guidance_scale": 1.0}
+    told = {"prompt": "a red cat", "source_prompt": "a dog"}
+    told |= {"source_guidance_scale": weights[0], "guidance_scale": weights[1]}
     theirs = pipeline(image=image, output_type="latent", **told, **settings).images
 
-    states = [pipeline.encode_prompt(text, "cpu", 1, False)[0] for text in ("a dog", "a red cat")]
+    states = [pipeline.encode_prompt(text, "cpu", 1, False)[0] for text in ("a dog", "a red cat", "")]
     schedule, solver = walk(strength, eta)
-    model = Told(parts.unet, states)
+    model, decoder = (Guided(parts.unet, states, weight) for weight in weights)
     x_0 = clean[0]
     noise = Listed(draws.given[0], [*draws.given[1:], torch.zeros_like(x_0)])
     code = encode(x_0, model, schedule, solver, noise, [0], path="dpm-encoder")
-    ours = decode(code, model, schedule, solver, [1])
+    ours = decode(code, decoder, schedule, solver, [1])
     assert far(ours, theirs) < 1e-4
     assert far(decode(code, model, schedule, solver, [0]), x_0) < 1e-5
     assert far(ours, x_0) > 1e-3

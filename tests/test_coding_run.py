@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 import time
@@ -9,17 +10,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
+import torch
 
 from boomerang_batch.audit.audit import AuditRequest, audit
 from boomerang_batch.config.blocks import Gates
 from boomerang_batch.data.codes import FIELD, code_bytes, read_codes
 from boomerang_batch.data.manifest import load_manifest
 from boomerang_batch.data.provenance import read_rows
-from boomerang_batch.errors import ConfigError, RecipeError, SampleError
+from boomerang_batch.errors import ConfigError, RecipeError, RunMismatchError, SampleError
 from boomerang_batch.run import runner as running
 from boomerang_batch.run.coding import check_target
+from boomerang_batch.run.decoder import check_decodes
+from boomerang_batch.run.record import read_record
 from boomerang_batch.run.verify import verify
-from tests import worlds
+from tests import tiny_models, worlds
 from tests.engines import Tiny
 
 METHODS = ("dpm-encoder", "edit-friendly")
@@ -254,3 +259,119 @@ def test_a_run_that_is_killed_between_codes_and_outputs_ends_in_the_same_bytes(t
     found = worlds.tree(killed)
     assert expected.keys() == found.keys()
     assert [name for name in expected if found[name] != expected[name] and name != "run.json"] == []
+
+
+# --- both guidances, and another model ---
+
+
+def noisier(folder: Path, *, seed: int = 0, labels: bool = True, **scheduler: object) -> Path:
+    """A model like `save_model`'s, with other weights, or none of its labels, or another chain."""
+    classes = {"num_class_embeds": worlds.CLASSES + 1} if labels else {}
+    unet = tiny_models.network(seed, in_channels=1, out_channels=1, **classes)
+    return tiny_models.save_pipeline(folder, unet=unet, noise=tiny_models.scheduler(**scheduler))
+
+
+def changes(out: Path) -> dict[str, int]:
+    """How far each output is from its source, at most, in grey levels."""
+    return {
+        key: int(np.abs(worlds.image_of(fields).astype(int) - worlds.pixels(worlds.png(int(key[3:])))).max())
+        for key, fields in worlds.outputs(out).items()
+    }
+
+
+@pytest.mark.slow
+def test_the_targets_guidance_acts_while_decoding_alone(tmp_path, tiny_model, manifest):
+    own = coded(tiny_model, "dpm-encoder", OTHER, "model.class_labels.guidance=1")
+    strong = coded(tiny_model, "dpm-encoder", OTHER, "target.guidance=4")
+    same = coded(tiny_model, "dpm-encoder", OTHER, "target.guidance=1")
+    for name, recipe in (("own", own), ("strong", strong), ("same", same)):
+        assert worlds.run(recipe, manifest, tmp_path / name).rows == {"ok": 6}
+    codes = [
+        [fields[FIELD] for _, fields in worlds.read_output(tmp_path / name / "codes", "s-000")]
+        for name in ("own", "strong")
+    ]
+    for ours, theirs in zip(*codes, strict=True):
+        one, other = (safetensors.torch.load(data) for data in (ours, theirs))
+        assert torch.equal(one["0.residuals"], other["0.residuals"])
+    found = {name: worlds.outputs(tmp_path / name) for name in ("own", "strong", "same")}
+    assert {key: f["png"] for key, f in found["own"].items()} == {k: f["png"] for k, f in found["same"].items()}
+    assert all(f["png"] != found["strong"][key]["png"] for key, f in found["own"].items())
+    digests = {row.model_digest for name in found for row in worlds.rows(tmp_path / name)}
+    assert len(digests) == 1
+
+
+@pytest.mark.slow
+def test_another_model_of_no_classes_is_a_target_by_itself(tmp_path, tiny_model, manifest):
+    dogs = noisier(tmp_path / "dogs", seed=3, labels=False)
+    recipe = coded(tiny_model, "edit-friendly", f"target.model.source={dogs}")
+    out = tmp_path / "out"
+    assert worlds.run(recipe, manifest, out).rows == {"ok": 6}
+    assert min(changes(out).values()) > 1
+    assert {row.label for row in worlds.rows(out)} == {None}
+    record = read_record(str(out))
+    assert record.recipe["target"]["model"]["source"] == "dogs"
+    assert {row.model_digest for row in worlds.rows(out)} == {record.model_digest}
+
+    noisier(dogs, seed=4, labels=False)  # other weights under the same name
+    (out / "s-000_stats.json").unlink()
+    with pytest.raises(RunMismatchError, match="model weights or settings"):
+        worlds.run(recipe, manifest, out)
+
+
+@pytest.mark.slow
+def test_the_same_model_as_another_gives_every_image_back(tmp_path, tiny_model, manifest):
+    """Loaded twice, on an engine of its own, told each sample's label by its own block."""
+    same = f"{{source: {tiny_model}, class_labels: {{field: cls, null_label: {worlds.CLASSES}}}}}"
+    out = tmp_path / "out"
+    recipe = coded(tiny_model, "edit-friendly", f"target={{model: {same}}}")
+    assert worlds.run(recipe, manifest, out).rows == {"ok": 6}
+    assert max(changes(out).values()) <= 1
+    assert {row.label for row in worlds.rows(out)} == set(range(worlds.CLASSES))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"beta_end": 0.2}, "noise levels"),
+        ({"num_train_timesteps": 30}, "training timesteps .30 of the target's model, 20 of the recipe's"),
+    ],
+)
+def test_a_model_of_another_chain_is_refused_with_what_differs(tmp_path, tiny_model, manifest, options, says):
+    other = noisier(tmp_path / "other", labels=False, **options)
+    with pytest.raises(ConfigError, match=says):
+        worlds.run(
+            coded(tiny_model, "edit-friendly", f"target.model.source={other}"), manifest, tmp_path / "out"
+        )
+
+
+def test_a_decoding_model_may_predict_something_else_but_not_see_another_image():
+    ours = Tiny().spec
+    check_decodes(dataclasses.replace(ours, prediction="v_prediction", clip_range=None, digest="1" * 64), ours)
+    for change, says in (
+        ({"channels": 3}, "image channels"),
+        ({"value_range": (0.0, 1.0)}, "value range"),
+        ({"width": 16}, "image size"),
+        ({"latent": True, "state_factor": 2}, "latent states"),
+        ({"levels": Tiny("flow-euler").spec.levels}, "kind of chain"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            check_decodes(dataclasses.replace(ours, **change), ours)
+
+
+@pytest.mark.parametrize(
+    ("target", "purpose", "says"),
+    [
+        ("{model: {source: x}, guidance: 2}", "augment", "another model has its own"),
+        ("{model: {source: x, safety: drop}}", "augment", "remove safety"),
+        ("{guidance: 2}", "augment", "a target is one of"),
+        ("{model: {source: x}}", "anonymize", "decodes with the model itself"),
+    ],
+)
+def test_targets_that_contradict_themselves_are_refused(tiny_model, target, purpose, says):
+    with pytest.raises(RecipeError, match=says):
+        coded(tiny_model, "edit-friendly", f"target={target}", purpose=purpose)
+
+
+def test_guidance_of_a_model_that_has_none_is_refused(tiny_model):
+    with pytest.raises(RecipeError, match="guidance needs class_labels with a null_label"):
+        coded(tiny_model, "edit-friendly", OTHER, "target.guidance=2", "model.class_labels={field: cls}")

@@ -118,6 +118,17 @@ class ModelSpec(Block):
             )
         return self
 
+    def guided(self, weight: float) -> ModelSpec:
+        """The same model under another weight of guidance. Raises ValueError where it can't be guided."""
+        if self.source.startswith(ENTRY_POINT):
+            raise ValueError("an installed model's guidance is its factory's business: tell it by options")
+        labels, prompts = self.class_labels, self.prompts
+        if labels is not None and (labels.null_label is not None or weight == 1):
+            return self.model_copy(update={"class_labels": labels.model_copy(update={"guidance": weight})})
+        if prompts is not None:
+            return self.model_copy(update={"prompts": prompts.model_copy(update={"guidance": weight})})
+        raise ValueError("guidance needs class_labels with a null_label, or prompts")
+
 
 _ENTRY_POINT_KEYS = frozenset({"source", "options", "class_labels", "prompts", "autoencoder", "safety"})
 """What means something for a model that an installed factory makes."""
@@ -146,20 +157,6 @@ class Sampler(Block):
             raise ValueError(f"variance {self.variance} is defined for eta 1 only; eta is {self.eta}")
         if (self.variance == "optimal") != (self.data_variance is not None):
             raise ValueError("data_variance goes with variance: optimal, and that one needs it")
-        return self
-
-
-class Target(Block):
-    """What a code is decoded to, instead of to its own image."""
-
-    label: int | None = Field(None, ge=0, description="the class that all become")
-    prompt: str | None = Field(None, description="the prompt that all are decoded under")
-    field: str | None = Field(None, description="field that holds each sample's own class or prompt to become")
-
-    @model_validator(mode="after")
-    def _one_target(self) -> Target:
-        if [self.label, self.prompt, self.field].count(None) != 2:
-            raise ValueError("a target is one of label, prompt and field")
         return self
 
 

@@ -84,7 +84,9 @@ def _before_noise(*paths: str) -> dict[str, Feature]:
 
 _UNITS = ("fraction", "timestep", "sigma", "snr")
 
-FEATURES: Mapping[str, Feature] = {
+_OF_CODES = Feature(says="goes with methods that look at the source at every step: no certified bound")
+
+_FEATURES: Mapping[str, Feature] = {
     **_not_in_output(
         "format_version",
         "description",
@@ -124,10 +126,7 @@ FEATURES: Mapping[str, Feature] = {
             "the method looks at the source again after noising it",
         ),
     ),
-    **dict.fromkeys(
-        ("target.label", "target.prompt", "target.field"),
-        Feature(says="goes with methods that look at the source at every step: no certified bound"),
-    ),
+    **dict.fromkeys(("target.label", "target.prompt", "target.field", "target.guidance"), _OF_CODES),
     # What the mechanism is.
     **dict.fromkeys(
         (f"t.{unit}" for unit in _UNITS),
@@ -281,5 +280,10 @@ FEATURES: Mapping[str, Feature] = {
     ),
     "fields.fields": Feature(says="what travels is known of the record", within=_field_policy),
     "fields.json_keys": Feature(says="what travels is known of the record", within=_field_policy),
+}
+
+FEATURES: Mapping[str, Feature] = {
+    **_FEATURES,
+    **{f"target.{path}": _OF_CODES for path in _FEATURES if path.startswith("model.")},
 }
 """Every field of the recipe by its dotted path, with its accounting. A new field needs its own entry."""

@@ -30,12 +30,12 @@ from boomerang_batch.config.blocks import (
     Region,
     RunOptions,
     Sampler,
-    Target,
     Tiles,
     Upscale,
 )
 from boomerang_batch.config.forms import Block, FromField, Spread, T, matching, one_or_list
 from boomerang_batch.config.messages import explain
+from boomerang_batch.config.targets import Target
 from boomerang_batch.errors import RecipeError
 
 FORMAT_VERSION: Literal[1] = 1
@@ -145,6 +145,16 @@ class Recipe(Block):
             raise ValueError(
                 f"method {self.method} without a target gives back the input: nothing would be anonymized"
             )
+        if self.purpose == "anonymize" and self.target is not None and self.target.model is not None:
+            raise ValueError(
+                "target.model: how near another model leads back to a source nobody can tell beforehand, so "
+                "purpose anonymize decodes with the model itself"
+            )
+        if self.target is not None and self.target.guidance is not None:
+            try:
+                self.model.guided(self.target.guidance)
+            except ValueError as error:
+                raise ValueError(f"target.guidance: {error}") from error
         if self.method == "dpm-encoder" and self.sampler.eta == 0:
             raise ValueError("method dpm-encoder draws its path with the sampler's noise: eta must be above 0")
         for name, unfit in (
@@ -197,6 +207,16 @@ class Recipe(Block):
         """Outputs made of one sample: variants, times passes where each pass is an output."""
         return self.variants * (self.passes.count if self.passes.outputs == "all" else 1)
 
+    @property
+    def decoded_by(self) -> ModelSpec:
+        """The model that codes are decoded with: its guidance, or it itself, may be the target's own."""
+        target = self.target
+        if target is None:
+            return self.model
+        if target.model is not None:
+            return target.model
+        return self.model if target.guidance is None else self.model.guided(target.guidance)
+
     def variant_of(self, number: int) -> int:
         """The variant that an output's number belongs to: each pass may be an output."""
         return number // (self.passes.count if self.passes.outputs == "all" else 1)
@@ -212,8 +232,11 @@ class Recipe(Block):
         full["t"] = levels if isinstance(self.t, tuple) else levels[0]
         if self.target is None:
             del full["target"]  # which format version 1 has not always had, and runs are known by their digest
-        if self.model.revision is None and not self.model.source.startswith(("shipped:", ENTRY_POINT)):
-            full["model"]["source"] = PurePath(self.model.source).name or "."
+        else:
+            full["target"] = self.target.canonical()
+        for place in (full, full.get("target", {})):
+            if "model" in place:
+                place["model"]["source"] = _placeless(place["model"])
         return full
 
     @property
@@ -221,6 +244,13 @@ class Recipe(Block):
         """SHA-256 (hex) of the canonical form as compact JSON with sorted keys."""
         text = json.dumps(self.canonical(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _placeless(model: dict[str, Any]) -> str:
+    """A model's source without where its folder lies."""
+    source: str = model["source"]
+    known = model["revision"] is not None or source.startswith(("shipped:", ENTRY_POINT))
+    return source if known else PurePath(source).name or "."
 
 
 def parse_recipe(text: str, *, source: str, overrides: Sequence[str] = ()) -> Recipe:

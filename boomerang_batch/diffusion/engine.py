@@ -131,14 +131,14 @@ class Engine:
             if reader.ident is not None and threading.current_thread() not in (reader, self._thread):
                 reader.join()
 
-    def with_denoiser(self, denoiser: Denoiser) -> Engine:
-        """Another engine with the same settings and its own thread."""
+    def with_denoiser(self, denoiser: Denoiser, *, encode_batch: int | None = None) -> Engine:
+        """Another engine with the same settings, but for the autoencoder's batch, and its own thread."""
         return Engine(
             denoiser,
             batch_size=self.batch_size,
             device=self.device,
             order=self._order,
-            encode_batch=self._encode_batch,
+            encode_batch=encode_batch or self._encode_batch,
             threads=self._threads,
             elastic=self._elastic,
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from boomerang_batch.errors import ModelError
 from boomerang_batch.models.autoencoder import Autoencoder
 from boomerang_batch.models.device import Placement
 from boomerang_batch.models.flow_levels import FlowChain
-from boomerang_batch.models.guidance import guide
+from boomerang_batch.models.guidance import guide, with_guidance
 from boomerang_batch.models.source import Source
 from boomerang_batch.models.text import PromptBook
 
@@ -59,6 +59,8 @@ class FlowDenoiser:
     """Whether guidance takes a second evaluation, under the negative prompt."""
     twin: Callable[[], Denoiser]
     """Loads the same model in float32."""
+    distilled: Callable[[float], Network] | None = None
+    """The network under another weight, where it takes that as an input."""
 
     def encode(self, images: Tensor) -> Tensor:
         """The latents (B, c, h, w) of images (B, 3, H, W) in [-1, 1]."""
@@ -95,6 +97,16 @@ class FlowDenoiser:
     def in_float32(self) -> Denoiser:
         """This model in full precision, loaded when first asked for; itself if it is."""
         return self.twin() if self.placement.is_half else self
+
+    def with_guidance(self, weight: float) -> Denoiser:
+        """This model guided by `weight`, its networks and prompts shared."""
+        return replace(
+            self,
+            prompts=self.prompts.model_copy(update={"guidance": weight}),
+            network=self.network if self.distilled is None else self.distilled(weight),
+            guided=self.distilled is None and weight != 1.0,
+            twin=lambda: with_guidance(self.twin(), weight),
+        )
 
     def _evaluate(self, x: Tensor, tau: Tensor, told: Sequence[Told]) -> Tensor:
         sequence = torch.stack([prompt.sequence for prompt in told])

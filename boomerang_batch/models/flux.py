@@ -63,16 +63,17 @@ def load(source: Source, spec: ModelSpec, placement: Placement) -> FlowDenoiser:
     vae = source.parts["vae"]
     described = describe(source, chain, autoencoder, side=integer(vae.config, "sample_size", str(vae.where)))
     book = open_book(_reader(source, placement), prompts)
-    network = load_weights(source.network, FluxTransformer2DModel, dtype=placement.dtype)
+    network = place(load_weights(source.network, FluxTransformer2DModel, dtype=placement.dtype), placement)
     return FlowDenoiser(
         spec=described,
-        network=_calling(place(network, placement), prompts.guidance if distilled else None),
+        network=_calling(network, prompts.guidance if distilled else None),
         autoencoder=autoencoder,
         placement=placement,
         book=book,
         prompts=prompts,
         guided=not distilled and prompts.guidance != 1.0,
         twin=functools.cache(lambda: load(source, spec, placement.in_float32())),
+        distilled=functools.partial(_calling, network) if distilled else None,
     )
 
 

@@ -2,8 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Protocol, cast
+
 import torch
 from torch import Tensor
+
+from boomerang_batch.diffusion.denoiser import Denoiser
+from boomerang_batch.errors import ModelError
+
+
+class Guidable(Denoiser, Protocol):
+    """A model that can be had under another weight of guidance."""
+
+    def with_guidance(self, weight: float) -> Denoiser:
+        """The same model, its networks shared, guided by `weight`."""
+        ...
+
+
+def with_guidance(denoiser: Denoiser, weight: float) -> Denoiser:
+    """`denoiser` guided by another weight, its networks shared. Raises ModelError where it can't be guided."""
+    if not callable(getattr(denoiser, "with_guidance", None)):
+        raise ModelError("this model has no classifier-free guidance that a recipe could change")
+    return cast("Guidable", denoiser).with_guidance(weight)
 
 
 def guide(

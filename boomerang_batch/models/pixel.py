@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from diffusers import UNet2DModel
@@ -20,7 +20,7 @@ from boomerang_batch.config.pipeline import ClassLabels, ModelSpec
 from boomerang_batch.diffusion.denoiser import Condition, Denoiser, DenoiserSpec
 from boomerang_batch.diffusion.transfer import to_device
 from boomerang_batch.models.device import Placement
-from boomerang_batch.models.guidance import guide
+from boomerang_batch.models.guidance import guide, with_guidance
 from boomerang_batch.models.levels import read_chain
 from boomerang_batch.models.network import describe
 from boomerang_batch.models.source import Source
@@ -74,6 +74,15 @@ class PixelDenoiser:
     def in_float32(self) -> Denoiser:
         """This model in full precision, loaded when first asked for; itself if it is."""
         return self.twin() if self.placement.is_half else self
+
+    def with_guidance(self, weight: float) -> Denoiser:
+        """This model guided by `weight`, which takes a null label; its network is shared."""
+        labels = self.class_labels
+        return replace(
+            self,
+            class_labels=None if labels is None else labels.model_copy(update={"guidance": weight}),
+            twin=lambda: with_guidance(self.twin(), weight),
+        )
 
     def _guided(self, folded: Tensor, tau: Tensor, labels: Tensor | None) -> Tensor:
         if labels is None or self.class_labels is None or self.class_labels.null_label is None:

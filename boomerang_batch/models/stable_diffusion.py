@@ -23,7 +23,7 @@ from boomerang_batch.diffusion.transfer import to_device
 from boomerang_batch.errors import ModelError
 from boomerang_batch.models.autoencoder import Autoencoder, load_autoencoder
 from boomerang_batch.models.device import Placement
-from boomerang_batch.models.guidance import guide
+from boomerang_batch.models.guidance import guide, with_guidance
 from boomerang_batch.models.levels import Chain, read_chain
 from boomerang_batch.models.network import check_latents, sample_size, size_multiple
 from boomerang_batch.models.safety import SafetyChecker, load_safety_checker
@@ -92,6 +92,14 @@ class StableDiffusionDenoiser:
     def in_float32(self) -> Denoiser:
         """This model in full precision, loaded when first asked for; itself if it is."""
         return self.twin() if self.placement.is_half else self
+
+    def with_guidance(self, weight: float) -> Denoiser:
+        """This model guided by `weight`, its networks and prompts shared."""
+        return replace(
+            self,
+            prompts=self.prompts.model_copy(update={"guidance": weight}),
+            twin=lambda: with_guidance(self.twin(), weight),
+        )
 
     def _evaluate(self, x_t: Tensor, tau: Tensor, told: Sequence[Told]) -> Tensor:
         """One forward pass; only here are the network's device, dtype and memory layout in force."""

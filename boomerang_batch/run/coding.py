@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from boomerang_batch import storage
-from boomerang_batch.config.pipeline import Recipe
+from boomerang_batch.config.pipeline import ClassLabels, ModelSpec, Recipe
 from boomerang_batch.data import fields
 from boomerang_batch.data.codes import FIELD, code_bytes, read_codes
 from boomerang_batch.data.provenance import Marker
@@ -24,10 +24,11 @@ from boomerang_batch.diffusion.denoiser import Condition, DenoiserSpec
 from boomerang_batch.diffusion.engine import Draw
 from boomerang_batch.errors import ConfigError, PrivateDirError, SampleError, StorageError
 from boomerang_batch.run.commit import TAR_SUFFIX
+from boomerang_batch.run.decoder import Decoder
 from boomerang_batch.run.guards import Seen
 from boomerang_batch.run.naming import member_key
 from boomerang_batch.run.stages import Made, Output, Prepared
-from boomerang_batch.run.transform import Transform
+from boomerang_batch.run.transform import Transform, told
 
 FOLDER = "codes"
 MAX_CODE_BYTES = 4 << 30
@@ -47,8 +48,8 @@ def codes_home(recipe: Recipe, out: str, private_dir: str | None) -> str:
 
 
 def check_target(recipe: Recipe, model: DenoiserSpec) -> None:
-    """Raise ConfigError for a target that means nothing to the model, or may mean what a source already is."""
-    target = recipe.target
+    """Raise ConfigError for a target that means nothing to the decoding model, or may be what a source is."""
+    target, asked = recipe.target, recipe.decoded_by
     if target is None:
         return
     if recipe.purpose == "anonymize" and (model.latent or model.conditioning == "prompt"):
@@ -57,13 +58,16 @@ def check_target(recipe: Recipe, model: DenoiserSpec) -> None:
             "prompts may mean the same, and behind an autoencoder nobody sees whether a code gave its source"
             " back"
         )
-    prompts = recipe.model.prompts
-    if model.conditioning == "prompt" and (prompts is None or prompts.field is None):
+    prompts, labels = asked.prompts, asked.class_labels
+    names_prompt = target.prompt is not None or target.field is not None
+    if model.conditioning == "prompt" and names_prompt and (prompts is None or prompts.field is None):
         raise ConfigError(
             "a target for a model that is told prompts needs model.prompts.field, each sample's own: where one "
             "prompt is for all, the text encoders are let go"
         )
-    if target.label is not None and (model.conditioning != "label" or target.label >= (model.classes or 0)):
+    null_label = None if labels is None else labels.null_label
+    known = model.conditioning == "label" and target.label in set(range(model.classes or 0)) - {null_label}
+    if target.label is not None and not known:
         raise ConfigError(
             f"target.label {target.label} is no class of this model, which has {model.classes or 'none'}"
         )
@@ -113,10 +117,16 @@ class Decoding(Transform):
     """Makes outputs of the codes of one shard, under the recipe's target."""
 
     def __init__(
-        self, *arguments: Any, codes: Codes, wants: Callable[[str | None, int], bool], **options: Any
+        self,
+        *arguments: Any,
+        decoder: Decoder,
+        codes: Codes,
+        wants: Callable[[str | None, int], bool],
+        **options: Any,
     ) -> None:
         """`wants` tells which outputs, by key and number, there are to be."""
         super().__init__(*arguments, **options)
+        self._decoder = decoder
         self._codes = codes
         self._wants = wants
 
@@ -131,7 +141,13 @@ class Decoding(Transform):
             raise SampleError(
                 "target-is-source", "it is what it is to become, and its code would give back the source"
             )
-        return dataclasses.replace(prepared, condition=target)
+        walks = tuple(
+            self._decoder.walks.resolve(
+                variant, noise_key=noise_key, fields=sample.fields, size=prepared.canvas.size
+            )
+            for variant, noise_key in enumerate(prepared.noise_keys)
+        )
+        return dataclasses.replace(prepared, condition=target, walks=walks)
 
     def draws(self, prepared: Prepared) -> Iterator[Draw]:
         """As a Transform does, fed the codes."""
@@ -156,7 +172,9 @@ class Decoding(Transform):
         target = self._recipe.target
         if target is None:
             return super()._told_label(prepared)
-        known = target.label is not None or (target.field or "").lower() in prepared.shows
+        labels = self._decoder.asked.class_labels
+        field = target.field or ("" if labels is None else labels.field)
+        known = target.label is not None or field.lower() in prepared.shows
         return prepared.condition if known and isinstance(prepared.condition, int) else None
 
     def _read(self, prepared: Prepared, variant: int, *, proof: bytes | None = None) -> list[Code]:
@@ -178,18 +196,17 @@ class Decoding(Transform):
 
     def _target(self, sample: Sample, source: Condition) -> Condition:
         """What the sample is to become; what it is, where the recipe has no target."""
-        target = self._recipe.target
+        target, model = self._recipe.target, self._decoder.model
         if target is None:
             return source
-        if target.field is None:
+        if target.field is not None and model.conditioning == "prompt":
+            return fields.read_text(sample, target.field.lower())
+        if target.field is not None:
+            asked = ClassLabels(field=target.field)
+            return told(sample, ModelSpec(source="", class_labels=asked), model)
+        if target.label is not None or target.prompt is not None:
             return target.prompt if target.label is None else target.label
-        name = target.field.lower()
-        if self._model.conditioning == "prompt":
-            return fields.read_text(sample, name)
-        label = fields.read_label(sample, name)
-        if not 0 <= label < (self._model.classes or 0):
-            raise SampleError("label-out-of-range", f"field {name} holds {label}, no class of this model")
-        return label
+        return told(sample, self._decoder.asked, model)
 
 
 class Codes:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from boomerang_batch.config.pipeline import Recipe
+from boomerang_batch.config.pipeline import ModelSpec, Recipe
 from boomerang_batch.data.images import Pixels, to_model_values
 from boomerang_batch.diffusion.batch_size import find_batch_size, is_out_of_memory, largest_that_fits
 from boomerang_batch.diffusion.denoiser import Condition, Denoiser, DenoiserSpec
@@ -53,15 +53,10 @@ def _load(recipe: Recipe, *, device: str, threads: int, batch_size: int | None) 
     check_fit(recipe, denoiser.spec)
     walks = Walks(recipe, denoiser.spec)
     size = recipe.batch_size if recipe.batch_size != "auto" else batch_size
-    samples = [
-        synthetic_images(denoiser.spec, _PROBES, size=image, device=chosen)
-        for image in _image_sizes(recipe, denoiser.spec)
-    ]
-    for image in _image_sizes(recipe, denoiser.spec):
-        denoiser.spec.levels_at(*image)  # which refuses a size the model can't draw
+    samples = probes(recipe, denoiser.spec, chosen)
     if size is None:
         size = find_batch_size(lambda count: _throughput(denoiser, samples[0], count), _LARGEST_AUTO)
-    _try_out(denoiser, samples, size, recipe)
+    try_out(denoiser, recipe.model, recipe, samples, size)
     engine = Engine(
         denoiser,
         batch_size=size,
@@ -101,6 +96,17 @@ def warnings(recipe: Recipe, model: DenoiserSpec) -> tuple[str, ...]:
     return ()
 
 
+def probes(recipe: Recipe, model: DenoiserSpec, device: torch.device) -> list[Tensor]:
+    """Synthetic images (k, C, H, W) of each size that the model is to draw.
+
+    Raises ConfigError or ModelError for a size that it can't.
+    """
+    sizes = _image_sizes(recipe, model)
+    for image in sizes:
+        model.levels_at(*image)  # which refuses a size the model can't draw
+    return [synthetic_images(model, _PROBES, size=image, device=device) for image in sizes]
+
+
 def _image_sizes(recipe: Recipe, model: DenoiserSpec) -> list[tuple[int, int]]:
     """(height, width) of all that the model will be shown, the largest first."""
     own = (model.height, model.width)
@@ -108,9 +114,12 @@ def _image_sizes(recipe: Recipe, model: DenoiserSpec) -> list[tuple[int, int]]:
     return sorted(sizes, key=lambda size: size[0] * size[1], reverse=True)
 
 
-def _try_out(denoiser: Denoiser, samples: Sequence[Tensor], size: int, recipe: Recipe) -> None:
-    """The checks of `parity` for every size of image. Raises ModelError also where memory runs out."""
-    dtype = DTYPES[recipe.model.dtype]
+def try_out(denoiser: Denoiser, asked: ModelSpec, recipe: Recipe, samples: Sequence[Tensor], size: int) -> None:
+    """The checks of `parity` for every size of image, on what was `asked` for and its batches of `size`.
+
+    Raises ModelError also where memory runs out.
+    """
+    dtype = DTYPES[asked.dtype]
 
     def check(count: int) -> None:
         for images in samples:
@@ -118,15 +127,15 @@ def _try_out(denoiser: Denoiser, samples: Sequence[Tensor], size: int, recipe: R
             check_batching(
                 denoiser,
                 images,
-                _conditions(denoiser, recipe),
+                _conditions(denoiser, asked),
                 taus,
                 count,
                 dtype=dtype,
-                compiled=recipe.model.compile,
+                compiled=asked.compile,
             )
 
     for images in samples:
-        check_autoencoder(denoiser, images, recipe.model.autoencoder.batch_size, dtype=dtype)
+        check_autoencoder(denoiser, images, asked.autoencoder.batch_size, dtype=dtype)
 
     try:
         check(size)
@@ -143,9 +152,9 @@ def _try_out(denoiser: Denoiser, samples: Sequence[Tensor], size: int, recipe: R
     raise ModelError(f"memory runs out with batch_size: {size}; {advice}")
 
 
-def _conditions(denoiser: Denoiser, recipe: Recipe) -> list[Condition]:
+def _conditions(denoiser: Denoiser, asked: ModelSpec) -> list[Condition]:
     """Different labels or prompts where samples have their own; else nothing: the one prompt for all."""
-    spec, prompts = denoiser.spec, recipe.model.prompts
+    spec, prompts = denoiser.spec, asked.prompts
     if spec.conditioning == "label":
         return [index % (spec.classes or 1) for index in range(_PROBES)]
     if spec.conditioning == "prompt" and prompts is not None and prompts.field is not None:

@@ -53,10 +53,7 @@ def refuse_secrets(recipe: Recipe) -> None:
     Options are recorded as they are, for whoever audits or regenerates must load the same model by them; a
     digest would say that they differ, and not what they were.
     """
-    for name, value in recipe.model.options.items():
-        if not isinstance(value, str):
-            continue
-        place = f"model.options.{name}"
+    for place, name, value in _texts_told(recipe):
         if value and (_SECRET_NAME.search(name) or storage.without_secrets(value) != value):
             raise RecipeError(
                 f"{place} looks like a secret, and options stand in OUT/run.json; let the model's package read "
@@ -66,12 +63,23 @@ def refuse_secrets(recipe: Recipe) -> None:
 
 def paths_told(recipe: Recipe) -> Iterator[str]:
     """What the user should hear of options that show a path of this machine in an OUT to be published."""
-    for name, value in recipe.model.options.items():
-        if recipe.purpose == "anonymize" and isinstance(value, str) and value.startswith(("/", "~", "file:")):
+    for place, _, value in _texts_told(recipe):
+        if recipe.purpose == "anonymize" and value.startswith(("/", "~", "file:")):
             yield (
-                f"model.options.{name} is a path of this machine and stands in OUT/run.json; if nobody is to "
+                f"{place} is a path of this machine and stands in OUT/run.json; if nobody is to "
                 "see it, name the file so that the model's package finds it by itself"
             )
+
+
+def _texts_told(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
+    """(place, name, value) of every option for an installed model that is a text."""
+    models = {"model": recipe.model}
+    if recipe.target is not None and recipe.target.model is not None:
+        models["target.model"] = recipe.target.model
+    for place, model in models.items():
+        for name, value in model.options.items():
+            if isinstance(value, str):
+                yield f"{place}.options.{name}", name, value
 
 
 def open_naming(request: RunRequest) -> Naming:

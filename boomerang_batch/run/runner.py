@@ -6,6 +6,7 @@ reads or encodes, the others' draws keep the device busy. A stop is honoured bet
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import shutil
@@ -24,6 +25,7 @@ from boomerang_batch.errors import ShardError, StoppedError, StorageError
 from boomerang_batch.run import journal, lease, log_lines
 from boomerang_batch.run.coding import FOLDER, Codes, Decoding, Encoding, check_target, codes_home
 from boomerang_batch.run.commit import commit, digest_file, read_marker
+from boomerang_batch.run.decoder import Decoder, digest_of_both, load_decoder
 from boomerang_batch.run.discretion import PLAIN
 from boomerang_batch.run.drawing import Drawing
 from boomerang_batch.run.ledger import Ledger
@@ -55,15 +57,21 @@ class Runner:
         engine, walks = load(recipe, device=spec.device, threads=spec.threads, batch_size=spec.batch_size)
         model = engine.denoiser.spec
         stack = stack_of(engine, recipe, threads=spec.threads)
-        self._made_with = (recipe, model, walks, naming, stack)
-        self._flags = flags_of(engine, recipe)
+        self._drawing = self._decoding = Drawing(engine, dtype=recipe.model.dtype)
         self._codes_home = None
         if recipe.method != "boomerang":
-            check_target(recipe, model)
+            decoding, decoding_walks = load_decoder(recipe, engine, device=spec.device, threads=spec.threads)
+            asked, decodes = recipe.decoded_by, decoding.denoiser.spec
+            check_target(recipe, decodes)
+            self._decoder = Decoder(asked=asked, model=decodes, walks=decoding_walks)
+            model = dataclasses.replace(model, digest=digest_of_both(model, decodes))
+            if decoding is not engine:
+                self._decoding = Drawing(decoding, dtype=asked.dtype)
             self._codes_home = codes_home(recipe, spec.out, spec.private_dir)
             storage.make_folder(self._codes_home)
             storage.sweep(self._codes_home)
-        self._drawing = Drawing(engine, dtype=recipe.model.dtype)
+        self._made_with = (recipe, model, walks, naming, stack)
+        self._flags = flags_of(engine, recipe)
         names = ("outputs_total", "output_bytes_total", "shards_done_total", "shards_failed_total", "tasks")
         self._totals = dict.fromkeys(names, 0.0)
         self._counting = threading.Lock()
@@ -113,16 +121,21 @@ class Runner:
     @property
     def stalled_s(self) -> float:
         """How long the device has been at the step it is at; 0 between steps."""
-        return self._drawing.stalled_s
+        return max(self._drawing.stalled_s, self._decoding.stalled_s)
 
     @property
     def totals(self) -> dict[str, float]:
         """What it has done since it was made, by the names in `metrics`."""
-        return {**self._totals, **self._drawing.totals, "storage_retries_total": retry_count()}
+        drawn = self._drawing.totals
+        if self._decoding is not self._drawing:
+            more = self._decoding.totals
+            drawn = {name: value + more[name] for name, value in drawn.items()}
+        return {**self._totals, **drawn, "storage_retries_total": retry_count()}
 
     def close(self) -> None:
         """Let the device go."""
         self._drawing.close()
+        self._decoding.close()
 
     def _run(
         self, task: Task, scratch: Path, stopped: Callable[[], bool], progress: Callable[[int], None]
@@ -133,7 +146,9 @@ class Runner:
             transform = Transform(*self._made_with, flags=self._flags)
         else:
             codes = self._codes(self._codes_home, task, scratch, stopped)
-            transform = Decoding(*self._made_with, flags=self._flags, codes=codes, wants=task.wants)
+            transform = Decoding(
+                *self._made_with, flags=self._flags, decoder=self._decoder, codes=codes, wants=task.wants
+            )
         with (
             self._ledger(task, scratch) as ledger,
             journal.opened(self._journals, task.name, scratch=scratch, every=every) as kept,
@@ -181,7 +196,7 @@ class Runner:
         ShardDrawing(
             task,
             ledger,
-            drawing=self._drawing,
+            drawing=self._drawing if isinstance(transform, Encoding) else self._decoding,
             transform=transform,
             journal=kept,
             keep_originals=self._spec.recipe.keep_originals and not isinstance(transform, Encoding),

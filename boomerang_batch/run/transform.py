@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from boomerang_batch.config.pipeline import Recipe
+from boomerang_batch.config.pipeline import ModelSpec, Recipe
 from boomerang_batch.data import fields, images
 from boomerang_batch.data.formats import output_field
 from boomerang_batch.data.provenance import Row, Status
@@ -88,7 +88,7 @@ class Transform:
                 for variant, noise_key in enumerate(noise_keys)
             ),
             noise_keys=noise_keys,
-            condition=self._condition(sample),
+            condition=told(sample, recipe.model, self._model),
             shows=self._shown(sample, travelling),
             # In an order of our own, so that under anonymize not even that comes from the input.
             travelling=dict(sorted(travelling.items())),
@@ -262,21 +262,6 @@ class Transform:
         passes = self._recipe.passes
         return number // passes.count if passes.outputs == "all" else number
 
-    def _condition(self, sample: Sample) -> Condition:
-        """What the sample is drawn under: its label, its own prompt or everybody's, or nothing."""
-        labels, prompts = self._recipe.model.class_labels, self._recipe.model.prompts
-        if self._model.conditioning == "prompt":
-            field = None if prompts is None else prompts.field
-            return None if field is None else fields.read_text(sample, field.lower())
-        if labels is None:
-            return None
-        label = fields.read_label(sample, labels.field.lower())  # as the reader gives fields
-        count = self._model.classes or 0
-        if not 0 <= label < count or label == labels.null_label:
-            detail = f"field {labels.field} holds {label}, which is no class of this model ({count} embeddings)"
-            raise SampleError("label-out-of-range", detail)
-        return label
-
     def _output(self, prepared: Prepared, number: int, field: str, data: bytes, template: Row) -> Output:
         row = self._rows.filled(
             template,
@@ -309,3 +294,22 @@ class Transform:
         if self._recipe.purpose != "anonymize":
             return frozenset(sample.fields)
         return frozenset(name for name, data in travelling.items() if data == sample.fields.get(name))
+
+
+def told(sample: Sample, asked: ModelSpec, model: DenoiserSpec) -> Condition:
+    """What a model, as it is `asked` for, is told of a sample: a label, its prompt or everybody's, or nothing.
+
+    Raises SampleError where the sample does not say, or no class of this model.
+    """
+    labels, prompts = asked.class_labels, asked.prompts
+    if model.conditioning == "prompt":
+        field = None if prompts is None else prompts.field
+        return None if field is None else fields.read_text(sample, field.lower())
+    if labels is None:
+        return None
+    label = fields.read_label(sample, labels.field.lower())  # as the reader gives fields
+    count = model.classes or 0
+    if not 0 <= label < count or label == labels.null_label:
+        detail = f"field {labels.field} holds {label}, which is no class of this model ({count} embeddings)"
+        raise SampleError("label-out-of-range", detail)
+    return label

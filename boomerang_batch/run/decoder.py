@@ -1,0 +1,127 @@
+"""What codes are decoded with: the model that drew them, it under another guidance, or another model.
+
+A code is states and what steps add to them, so whatever model walks the same nodes in states of the same shape
+can decode it, whatever it predicts and however it is told the time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from boomerang_batch.config.pipeline import ModelSpec, Recipe
+from boomerang_batch.diffusion.denoiser import Denoiser, DenoiserSpec
+from boomerang_batch.diffusion.engine import Engine
+from boomerang_batch.diffusion.threads import run_apart, use_threads
+from boomerang_batch.errors import ConfigError
+from boomerang_batch.models import load_denoiser, with_guidance
+from boomerang_batch.run.canvas import check_fit
+from boomerang_batch.run.loading import probes, try_out
+from boomerang_batch.run.walks import Walks
+
+_EQUAL = 1e-6
+"""Levels that differ by a smaller share are the same ones, rounded elsewhere."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """What a code is decoded with."""
+
+    asked: ModelSpec
+    model: DenoiserSpec
+    walks: Walks
+
+
+def load_decoder(recipe: Recipe, encoding: Engine, *, device: str, threads: int) -> tuple[Engine, Walks]:
+    """The engine that a recipe's codes are decoded on, and its walks, beside the one they are drawn on.
+
+    It is the very same engine where the target changes neither model nor guidance. Raises ConfigError for a
+    model that can't decode the other's codes, and ModelError as loading does.
+    """
+    asked = recipe.decoded_by
+    if asked == recipe.model:
+        return encoding, Walks(recipe, encoding.denoiser.spec)
+    return run_apart(
+        lambda: _load(recipe, asked, encoding, device=device, threads=threads), name="boomerang-load"
+    )
+
+
+def _load(
+    recipe: Recipe, asked: ModelSpec, encoding: Engine, *, device: str, threads: int
+) -> tuple[Engine, Walks]:
+    source = encoding.denoiser
+    if recipe.target is None or recipe.target.model is None:
+        denoiser = with_guidance(source, _weight(asked))
+    else:
+        denoiser = load_denoiser(asked, device=device, threads=threads)
+        use_threads(threads)  # an installed factory may have changed it
+        check_fit(recipe, denoiser.spec)
+        check_decodes(denoiser.spec, source.spec)
+    samples = probes(recipe, denoiser.spec, encoding.device)
+    if denoiser.spec.latent:
+        _check_states(denoiser, source, samples)
+    try_out(denoiser, asked, recipe, samples, encoding.batch_size)
+    engine = encoding.with_denoiser(denoiser, encode_batch=asked.autoencoder.batch_size)
+    return engine, Walks(recipe, denoiser.spec)
+
+
+def check_decodes(model: DenoiserSpec, source: DenoiserSpec) -> None:
+    """Raise ConfigError, with all that differs, unless `model` can decode what `source` encodes."""
+    differing = list(_differences(model, source))
+    if differing:
+        raise ConfigError(
+            f"target.model can't decode the codes of the recipe's model: {'; '.join(differing)}. Take two "
+            "models that were trained on one noise schedule and one shape of image"
+        )
+
+
+def digest_of_both(source: DenoiserSpec, decoder: DenoiserSpec) -> str:
+    """What a run knows its models by: the digest of the one that it has, or of both of them."""
+    if decoder.digest == source.digest:
+        return source.digest
+    return hashlib.sha256(json.dumps([source.digest, decoder.digest]).encode()).hexdigest()
+
+
+def _differences(model: DenoiserSpec, source: DenoiserSpec) -> Iterator[str]:
+    facts: tuple[tuple[str, Callable[[DenoiserSpec], Any]], ...] = (
+        ("image channels", lambda spec: spec.channels),
+        ("image size", lambda spec: f"{spec.width}x{spec.height}"),
+        ("latent states", lambda spec: spec.latent),
+        ("pixels a state element", lambda spec: spec.state_factor),
+        ("value range", lambda spec: spec.value_range),
+        ("kind of chain", lambda spec: spec.levels.kind),
+        ("training timesteps", lambda spec: len(spec.levels)),
+    )
+    for name, fact in facts:
+        if fact(model) != fact(source):
+            yield f"{name} ({fact(model)} of the target's model, {fact(source)} of the recipe's)"
+    ours, theirs = source.levels, model.levels
+    if ours.kind == theirs.kind and len(ours) == len(theirs):
+        # Where noise meets the signal: at the ends of a chain one of the two may be next to nothing.
+        apart = torch.maximum((ours.alpha - theirs.alpha).abs(), (ours.sigma - theirs.sigma).abs())
+        size = torch.maximum(ours.alpha, ours.sigma)
+        at = int((apart / size).argmax())
+        if float(apart[at]) > _EQUAL * float(size[at]):
+            yield (
+                f"noise levels (at timestep {at + 1} sigma is {float(theirs.relative_sigma[at]):.4g} of the "
+                f"target's model, {float(ours.relative_sigma[at]):.4g} of the recipe's)"
+            )
+
+
+def _check_states(denoiser: Denoiser, source: Denoiser, samples: list[torch.Tensor]) -> None:
+    with torch.inference_mode():
+        theirs, ours = (tuple(one.encode(samples[0][:1]).shape[1:]) for one in (denoiser, source))
+    if theirs != ours:
+        raise ConfigError(
+            f"target.model's latents are {theirs}, those of the recipe's model {ours}: codes fit one shape only"
+        )
+
+
+def _weight(asked: ModelSpec) -> float:
+    block = asked.class_labels or asked.prompts
+    return 1.0 if block is None else block.guidance
