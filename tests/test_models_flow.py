@@ -19,7 +19,7 @@ from boomerang_batch.diffusion.denoiser import Denoiser
 from boomerang_batch.diffusion.samplers import build_solver
 from boomerang_batch.diffusion.schedule import build_schedule
 from boomerang_batch.errors import ModelError
-from boomerang_batch.models import load_denoiser
+from boomerang_batch.models import load_denoiser, with_guidance
 from boomerang_batch.models.flux import pack, token_places, unpack
 from tests import tiny_transformers
 from tests.oracles import GivenNoise
@@ -231,6 +231,17 @@ def test_guidance_rescale_restores_the_spread(saved, family):
     x_t, tau = noise(3, 16, 8, 8), torch.full((3,), 500.0, dtype=torch.float64)
     expected = plain.denoise(x_t, tau, PROMPTS).std(dim=(1, 2, 3))
     torch.testing.assert_close(rescaled.denoise(x_t, tau, PROMPTS).std(dim=(1, 2, 3)), expected)
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux-dev", "flux-schnell"])
+def test_another_weight_of_guidance_is_the_model_loaded_with_it_its_network_shared(saved, family):
+    plain = load(saved(family).folder)
+    x_t, tau = noise(3, 16, 8, 8), torch.full((3,), 500.0, dtype=torch.float64)
+    for weight in (3.0, 1.0):
+        expected = load(saved(family).folder, Prompts(field="txt", guidance=weight)).denoise(x_t, tau, PROMPTS)
+        again = with_guidance(with_guidance(plain, 5.0), weight)
+        assert torch.equal(again.denoise(x_t, tau, PROMPTS), expected)
+        assert again.book is plain.book
 
 
 def test_the_recipe_s_own_prompts_are_known_after_the_encoders_are_gone(saved):

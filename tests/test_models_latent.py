@@ -18,7 +18,7 @@ from boomerang_batch.diffusion.parity import check_autoencoder
 from boomerang_batch.diffusion.samplers import build_solver, step
 from boomerang_batch.diffusion.schedule import build_schedule
 from boomerang_batch.errors import ModelError
-from boomerang_batch.models import autoencoder, load_denoiser
+from boomerang_batch.models import autoencoder, load_denoiser, with_guidance
 from tests import tiny_latents, tiny_models
 from tests.oracles import GivenNoise
 
@@ -227,6 +227,17 @@ def test_each_call_is_the_pipelines_noise_prediction(saved, monkeypatch, family)
         assert_close(denoiser.denoise(sample, tau, PROMPTS), output, share=1e-5)
         other = denoiser.denoise(sample, tau, PROMPTS[::-1])
         assert float((other - output).abs().max()) > 1e-3 * float(output.std())
+
+
+def test_another_weight_of_guidance_is_the_model_loaded_with_it(saved):
+    plain = load(saved / "sd", prompts=Prompts(field="txt"), dtype="bfloat16")
+    x_t, tau = noise(2, 4, 8, 8), torch.tensor([30.0, 5.0], dtype=torch.float64)
+    other = with_guidance(plain, 4.0)
+    for dtype, found in (("bfloat16", other), ("float32", other.in_float32())):
+        expected = load(saved / "sd", prompts=Prompts(field="txt", guidance=4.0), dtype=dtype)
+        told = ["a cat", "a dog"]
+        assert torch.equal(found.denoise(x_t, tau, told), expected.denoise(x_t, tau, told))
+    assert other.network is plain.network
 
 
 def test_guidance_rescale_is_diffusers_own(saved):
