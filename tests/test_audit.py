@@ -33,8 +33,11 @@ from boomerang_batch.errors import ConfigError, ManifestError, MeasureError, Pri
 from boomerang_batch.measures import embedders
 from boomerang_batch.measures.ceiling import noise_ceiling
 from boomerang_batch.measures.classifiers import CheckedClassifier
+from boomerang_batch.report.facts import read_facts
 from boomerang_batch.report.measured import sections
+from boomerang_batch.report.privacy import in_short, section
 from boomerang_batch.report.sections import Verdict
+from boomerang_batch.report.words import sentence
 from boomerang_batch.run.record import require_record
 from boomerang_batch.run.trial import Rig
 from tests import worlds
@@ -271,7 +274,7 @@ def test_images_besides_and_a_given_classifier_are_told_by_number_alone(
     world: tuple[Path, Path, Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     out, manifest, _ = world
-    monkeypatch.setattr(module.given, "load", lambda name: CheckedClassifier(Even()))
+    monkeypatch.setattr(module.makers, "load", lambda name: CheckedClassifier(Even()))
     beside = {
         flag: str(save_world(tmp_path / flag, first=first))
         for flag, first in (("training", 5000), ("holdout", 6000))
@@ -289,6 +292,7 @@ def test_images_besides_and_a_given_classifier_are_told_by_number_alone(
     assert {one.features: one.value for one in found.of("label-agreement")}["even"] == 0.5
     assert found.of("training-swaps")
     assert found.of("median-dcr", "hold-out")
+    assert found.unread == {"training": 0, "holdout": 0}
     assert not [said for said in (b"canary", str(tmp_path).encode(), b"s-000") if said in saved.read_bytes()]
     gone = CliRunner().invoke(main, [*words, "--holdout", str(tmp_path / "nowhere.yaml")])
     assert gone.exit_code != 0
@@ -297,6 +301,24 @@ def test_images_besides_and_a_given_classifier_are_told_by_number_alone(
     taken = CliRunner().invoke(main, [*words, "--embedder", "even"])
     assert taken.exit_code == 2
     assert "--classifier even: it has the name of an embedder" in taken.stderr
+
+
+@pytest.mark.slow
+def test_a_model_that_was_trained_on_sources_has_no_bound(world: tuple[Path, Path, Recipe]):
+    out, manifest, _ = world
+    both = save_world(manifest.parent / "more", first=SAMPLES)  # half of them are sources
+    told = audit(asked(out, manifest, training=load_manifest(str(both)), embedders=("pixels",)))
+    assert told.training == SAMPLES
+    [reason] = told.bound.reasons
+    assert reason.startswith(f"the model was trained on {SAMPLES} of the audited sources")
+    assert told.bound.promises == ()
+    assert f"none: {reason}" in describe(told)
+    facts = read_facts(str(out))
+    assert in_short(facts, None) == ("A bound is", "proven")
+    assert in_short(facts, told) == ("Proven bound", "none")
+    promised = section(facts, told)
+    assert promised.verdict == Verdict(fine=False, text="No certified bound")
+    assert promised.points[0].sentences == (sentence(reason),)
 
 
 def test_every_measure_has_its_words(found: Findings):
@@ -469,7 +491,8 @@ def rig(world: tuple[Path, Path, Recipe]):
 @pytest.mark.slow
 def test_a_sweep_shows_each_t(world: tuple[Path, Path, Recipe], rig: Rig):
     _, manifest, recipe = world
-    [samples] = choose(load_manifest(str(manifest)), 30)
+    [samples], left_out = choose(load_manifest(str(manifest)), 30, named=True)
+    assert left_out == ()
     told = sweep(rig, recipe, samples, [("fraction", 0.0), ("sigma", 1.0)], embedders=("pixels",), shown=4)
     assert [level.t for level in told.levels] == ["fraction=0", "sigma=1"]
     nothing, much = told.levels
@@ -491,7 +514,7 @@ def test_a_sweep_shows_each_t(world: tuple[Path, Path, Recipe], rig: Rig):
 
 def searched(rig: Rig, world: tuple[Path, Path, Recipe], text: str) -> Calibration:
     _, manifest, recipe = world
-    search, check = choose(load_manifest(str(manifest)), 2 * SAMPLES, parts=2)
+    (search, check), _ = choose(load_manifest(str(manifest)), 2 * SAMPLES, parts=2, named=True)
     assert not {sample.key for sample in search} & {sample.key for sample in check}
     return calibrate(rig, recipe, search, check, Target.parse(text), embedders=("pixels",))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from boomerang_batch.config.blocks import Gates
 from boomerang_batch.data import images
 from boomerang_batch.data.manifest import load_manifest
 from boomerang_batch.data.provenance import Row
+from boomerang_batch.data.spread import Unread, spread_samples
 from boomerang_batch.errors import ManifestError, MeasureError, StorageError
 from boomerang_batch.measures import embedders
 from boomerang_batch.measures.classifiers import CheckedClassifier
@@ -77,7 +79,8 @@ def value(found: list[Reading], measure: str, subject: str = "outputs") -> float
 def test_images_are_read_at_the_records_size_and_named_nowhere(tmp_path: Path):
     records = recorded(pictures(0), pictures(100))
     large = [images.resize(picture, (20, 12)) for picture in pictures(200, 5)]
-    found, left_out = read(shard_of(tmp_path / "in", np.stack(large)), records, tmp_path)
+    given = read(shard_of(tmp_path / "in", np.stack(large)), records, tmp_path)
+    found, left_out = given.pictures, given.left_out
     assert found.shape == (5, SIDE, SIDE, 3)
     expected = [images.resize(picture, (SIDE, SIDE)) for picture in large]
     assert (found == np.stack(expected)).all()
@@ -87,21 +90,57 @@ def test_images_are_read_at_the_records_size_and_named_nowhere(tmp_path: Path):
 def test_no_more_are_read_than_asked_for(tmp_path: Path):
     records = recorded(pictures(0), pictures(100))
     manifest = shard_of(tmp_path / "in", pictures(200, 9))
-    found, _ = read(manifest, records, tmp_path, samples=4)
+    found = read(manifest, records, tmp_path, samples=4).pictures
     assert (found == pictures(200, 4)).all()
 
 
 def test_sources_and_what_can_not_be_read_are_left_out_and_counted(tmp_path: Path):
     records = recorded(pictures(0), pictures(100))
     shown = np.concatenate([pictures(100, 3), pictures(200, 5)])
-    found, left_out = read(shard_of(tmp_path / "in", shown, secret=b"no picture"), records, tmp_path)
-    assert (found == pictures(200, 5)).all()
-    assert left_out == (
+    given = read(shard_of(tmp_path / "in", shown, secret=b"no picture"), records, tmp_path)
+    assert (given.pictures == pictures(200, 5)).all()
+    assert (given.unread, given.sources) == (1, 3)
+    assert given.left_out == (
         "--training: 1 of the images looked at can't be read and are left out",
         "--training: 3 of the images looked at are audited sources and are left out",
-        "the model was trained on sources of this output; the bound supposes that it was not, and is none",
         "--training: 5 images hardly tell what is near; give 100 or more",
     )
+
+
+def broken_off(manifest: Path, name: str = "s-000.tar") -> Path:
+    """Cut a shard within its last member."""
+    shard = manifest.with_name(name)
+    with tarfile.open(shard) as tar:
+        *_, last = tar.getmembers()
+    shard.write_bytes(shard.read_bytes()[: last.offset_data + 1])
+    return manifest
+
+
+@pytest.mark.parametrize("purpose", ["anonymize", "augment"])
+def test_a_damaged_shard_is_told_and_counted_and_named_where_it_may_be(tmp_path: Path, purpose: str):
+    records = recorded(pictures(0), pictures(100))
+    manifest = broken_off(shard_of(tmp_path / "in", pictures(200, 5)))
+    options = {"recipe": worlds.recipe(Path("model"), purpose=purpose), "records": records, "samples": 9}
+    given = read_others(load_manifest(str(manifest)), "--training", folder=tmp_path, **options)
+    assert (len(given.pictures), given.unread) == (4, 1)
+    where = "shard 1 of 1" if purpose == "anonymize" else "shard s-000"
+    assert given.left_out[0] == f"--training: what can't be read in {where} (truncated-tar) is left out"
+    nothing = broken_off(shard_of(tmp_path / "less", pictures(200, 1)))
+    with pytest.raises(ManifestError, match=rf"--training tiny: no image is left .*{where} \(truncated-tar\)"):
+        read_others(load_manifest(str(nothing)), "--training", folder=tmp_path, **options)
+
+
+def test_what_is_damaged_is_counted_once_however_often_it_is_read(tmp_path: Path):
+    members = [(f"k{number}.png", b"x") for number in (0, 1, 0, 2, 0, 3)]
+    for number in range(12):
+        worlds.write_tar(tmp_path / f"s-{number:03d}.tar", members)
+    (tmp_path / "m.yaml").write_text("format_version: 1\nname: m\nshards: ['*.tar']\n")
+    manifest, unread = load_manifest(str(tmp_path / "m.yaml")), Unread()
+    assert len([*spread_samples(manifest.shards, 1000, unread)]) == 12 * 4
+    assert len(unread) == 12 * 2
+    told = unread.told(manifest, named=True)
+    assert told.startswith("shard s-000 (key-repeated, 2 times), shard s-001 (key-repeated, 2 times), ")
+    assert told.endswith(" and 7 more")
 
 
 def test_where_nothing_is_left_flag_and_manifest_are_named(tmp_path: Path):

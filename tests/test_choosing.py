@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from boomerang_batch.audit import calibrate as module
-from boomerang_batch.audit.bounding import least_noise, noise_of, promised_noise
+from boomerang_batch.audit.bounding import cautions, least_noise, noise_of, promised_noise
 from boomerang_batch.audit.calibrate import Calibration, Target, calibrate
 from boomerang_batch.audit.findings import ALL, OUTPUTS
 from boomerang_batch.audit.sweep import Sweep, choose, plain, sweep
@@ -26,7 +26,7 @@ from boomerang_batch.audit.tried import Level
 from boomerang_batch.cli import main
 from boomerang_batch.config.pipeline import Recipe
 from boomerang_batch.data.manifest import load_manifest
-from boomerang_batch.errors import ConfigError, MeasureError
+from boomerang_batch.errors import ConfigError, ManifestError, MeasureError
 from boomerang_batch.run.trial import Chosen, Rig
 from boomerang_batch.run.walks import Walks
 from tests import worlds
@@ -62,7 +62,7 @@ def rig(recipe: Recipe):
 @pytest.fixture(scope="module")
 def parts(manifest: Path) -> list[list[Chosen]]:
     """A shard each."""
-    return choose(load_manifest(str(manifest)), SHARDS * SAMPLES, parts=SHARDS)
+    return choose(load_manifest(str(manifest)), SHARDS * SAMPLES, parts=SHARDS, named=True)[0]
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +156,63 @@ def test_the_bound_counts_the_least_noise_of_a_spread_and_not_of_a_sample(tiny_m
     assert least == (floor, floor)
     assert promised_noise((5.0, 4.0), least) == least
     assert promised_noise((5.0,), least) == (5.0,)  # of one variant nothing is known, and nothing is promised
+
+
+@pytest.mark.slow
+def test_at_every_t_candidates_agree_in_what_the_recipe_releases(tmp_path: Path, tiny_model: Path):
+    """At t 0 too, where nothing is anonymized and the recipe is another."""
+    samples = {f"k{number}": {"png": worlds.png(number), "cls": b"0", "txt": b"AB"[number % 2 :][:1]}
+               for number in range(8)}  # fmt: skip
+    manifest = worlds.save_samples(tmp_path, samples)
+    recipe = worlds.recipe(tiny_model, "fields.fields={cls: keep, txt: keep}")
+    [chosen], _ = choose(load_manifest(str(manifest)), 8, named=True)
+    with Rig(recipe, device="cpu", threads=1) as rig:
+        levels = [("fraction", 0.0), ("fraction", 0.5), ("fraction", 1.0)]
+        told = sweep(rig, recipe, chosen, levels, embedders=("pixels",), shown=1)
+    chances = [
+        [one.chance for one in level.readings if (one.measure, one.stratum) == ("rank-1", ALL)]
+        for level in told.levels
+    ]
+    assert chances == [[0.25] * 3] * 3
+
+
+@pytest.mark.slow
+def test_what_is_left_out_and_what_spoils_the_numbers_is_told(
+    tmp_path: Path, pipeline: Path, manifest: Path, tiny_model: Path
+):
+    """Damaged shards, samples that come to nothing, a way back without noise."""
+    damaged = worlds.save_samples(
+        tmp_path / "in",
+        {f"k{number:03d}": {"png": worlds.png(number), "cls": b"1"} for number in range(14)},
+        {f"l{number:03d}": {"png": b"" if number == 3 else worlds.png(number), "cls": b"1"}
+         for number in range(14)},
+    )  # fmt: skip
+    shard = damaged.with_name("s-000.tar")
+    shard.write_bytes(shard.read_bytes()[:-12000])
+    words = (damaged, "--set", "sampler.eta=0.5", "--device", "cpu", "--threads", 1, "--embedder", "pixels")
+    code, said, _ = command("sweep", pipeline, *words, "--t", ".5", "--samples", 24, "-o", tmp_path / "sweep")
+    assert code == 0
+    warnings = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["warnings"]
+    assert [f"warning: {one}" for one in warnings] == [
+        line for line in said.splitlines() if line.startswith("warning: ")
+    ]
+    assert warnings == [
+        "manifest tiny: what can't be read in shard 1 of 2 (truncated-tar) is left out",
+        *cautions(worlds.recipe(tiny_model, "sampler.eta=0.5")),
+        "fraction=0.5: nothing came of 1 sample(s), which are in none of its numbers",
+    ]
+    assert "sampler.eta is 0.5" in warnings[1]
+    code, said, _ = command("calibrate", pipeline, *words, "--target", "distance>=.0001", "--samples", 24)
+    assert code == 0
+    assert [f"warning: {one}" in said for one in warnings[:2]] == [True, True]
+
+
+def test_a_manifest_of_which_nothing_can_be_read_is_named_with_the_reason(tmp_path: Path):
+    damaged = worlds.save_samples(tmp_path, {"k": {"png": worlds.png(0)}})
+    shard = damaged.with_name("s-000.tar")
+    shard.write_bytes(shard.read_bytes()[:600])
+    with pytest.raises(ManifestError, match=r"manifest tiny: .* in shard s-000 \(truncated-tar\)"):
+        choose(load_manifest(str(damaged)), 8, named=True)
 
 
 # calibrate

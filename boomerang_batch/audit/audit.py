@@ -14,21 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from boomerang_batch.audit import compare, controls, readings
-from boomerang_batch.audit.bounding import bound, noise_of, promised_noise
+from boomerang_batch.audit.bounding import bound, cautions, noise_of, promised_noise
 from boomerang_batch.audit.classify import given_agreement, require_labels
 from boomerang_batch.audit.findings import ALL, OUTPUTS, Embedding, Findings, Reading
 from boomerang_batch.audit.gates import check_limits, judge
-from boomerang_batch.audit.others import Others, read_others
+from boomerang_batch.audit.others import Given, Others, read_others
 from boomerang_batch.audit.pairs import Pairing, gather
 from boomerang_batch.audit.recorded import open_rig
 from boomerang_batch.audit.records import Records
 from boomerang_batch.config.blocks import Gates
 from boomerang_batch.data.manifest import Manifest
 from boomerang_batch.errors import ConfigError, MeasureError
-from boomerang_batch.measures import classifiers as given
+from boomerang_batch.measures import classifiers as makers
 from boomerang_batch.measures import embedders as known
 from boomerang_batch.measures.ceiling import exceeds
 from boomerang_batch.measures.intervals import Rate
@@ -79,7 +78,9 @@ def audit(request: AuditRequest) -> Findings:
         records = gather(pairing, samples=request.samples, folder=folder)
         check_limits(request.gates, records)
         require_labels(classifiers, records)
-        others, left_out = _others(request, pairing, records, folder)
+        given = _others(request, pairing, records, folder)
+        left_out = [words for one in given.values() for words in one.left_out]
+        others = Others(**{name: one.pictures for name, one in given.items()})
         embedders = [known.load(name, fit_on=records.sources[:_FITTED_ON]) for name in request.embedders]
         seen = [compare.Seen.by(embedder, records) for embedder in embedders]
         found, missing = _compared(records, seen, others)
@@ -95,6 +96,7 @@ def audit(request: AuditRequest) -> Findings:
                 found += controls.redrawn(rig, pairing, records, places, embedders, secret=secret)
                 space = controls.model_space(rig, pairing, records, places, folder)
         found += readings.ceiling(space.ceilings[readings.NEAREST]) if space.ceilings else []
+        remembered = given["training"].sources if "training" in given else 0
         noise = promised_noise(noise_of(recipe, records.rows), space.least_noise)
         findings = Findings(
             name=record.name,
@@ -108,15 +110,16 @@ def audit(request: AuditRequest) -> Findings:
             classifiers=_introduced(classifiers),
             training=0 if others.training is None else len(others.training),
             holdout=0 if others.holdout is None else len(others.holdout),
+            unread={name: one.unread for name, one in given.items()},
             readings=tuple(found),
-            bound=bound(recipe, noise, latent=space.latent, deltas=space.deltas),
+            bound=bound(recipe, noise, latent=space.latent, deltas=space.deltas, remembered=remembered),
             worst=tuple(compare.worst(records, seen)),
             warnings=(*left_out, *missing, *_warnings(request, pairing, records, space, found)),
         )
     return judge(findings, request.gates)
 
 
-def _classifiers(request: AuditRequest) -> list[given.Classifier]:
+def _classifiers(request: AuditRequest) -> list[makers.Classifier]:
     """Those that were given. Raises ConfigError where one can't be loaded, or told from an embedder."""
     for name in request.classifiers:
         if name in request.embedders:
@@ -124,27 +127,27 @@ def _classifiers(request: AuditRequest) -> list[given.Classifier]:
                 f"--classifier {name}: it has the name of an embedder that is asked for, whose own classifier "
                 "goes by it; leave one of the two out, or register it under another name"
             )
-    return [given.load(name) for name in request.classifiers]
+    return [makers.load(name) for name in request.classifiers]
 
 
-def _introduced(made: Sequence[known.Embedder | given.Classifier]) -> tuple[Embedding, ...]:
+def _introduced(made: Sequence[known.Embedder | makers.Classifier]) -> tuple[Embedding, ...]:
     return tuple(Embedding(name=one.name, digest=one.digest, licence=one.licence) for one in made)
 
 
-def _others(
-    request: AuditRequest, pairing: Pairing, records: Records, folder: Path
-) -> tuple[Others, list[str]]:
-    """The real images that were given beside the sources, and what of them was left out."""
-    read = functools.partial(
-        read_others, recipe=pairing.recipe, records=records, samples=request.samples, folder=folder
-    )
-    found: dict[str, NDArray[np.uint8]] = {}
-    left_out: list[str] = []
-    for name, manifest in (("training", request.training), ("holdout", request.holdout)):
-        if manifest is not None:
-            found[name], words = read(manifest, f"--{name}")
-            left_out += words
-    return Others(**found), left_out
+def _others(request: AuditRequest, pairing: Pairing, records: Records, folder: Path) -> dict[str, Given]:
+    """The real images that were given beside the sources, by which they are: `training` or `holdout`."""
+    return {
+        name: read_others(
+            manifest,
+            f"--{name}",
+            recipe=pairing.recipe,
+            records=records,
+            samples=request.samples,
+            folder=folder,
+        )
+        for name, manifest in (("training", request.training), ("holdout", request.holdout))
+        if manifest is not None
+    }
 
 
 def _compared(
@@ -174,11 +177,7 @@ def _warnings(
 ) -> Iterator[str]:
     """What a reader must know before the numbers are believed."""
     recipe = pairing.recipe
-    if recipe.purpose == "anonymize" and recipe.sampler.eta < 1:
-        yield (
-            f"sampler.eta is {recipe.sampler.eta:g}: below 1 the way back adds little noise, or none, "
-            "so x_t can be computed from the output and attacks come up to the bound; anonymize with eta 1"
-        )
+    yield from cautions(recipe)
     if not request.redraws or recipe.method != "boomerang":
         why = "" if recipe.method == "boomerang" else f", which method {recipe.method} can't be asked for"
         yield (

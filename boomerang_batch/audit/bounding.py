@@ -33,21 +33,35 @@ DP_DELTA = 1e-5
 """At which the bound's epsilon is told."""
 
 
-def bound(recipe: Recipe, noise: Sequence[float], *, latent: bool | None, deltas: Mapping[str, float]) -> Bound:
+def bound(
+    recipe: Recipe,
+    noise: Sequence[float],
+    *,
+    latent: bool | None,
+    deltas: Mapping[str, float],
+    remembered: int = 0,
+) -> Bound:
     """What may be promised of outputs with this noise, for two candidates at each distance.
 
     `noise` has the least sigma of each observation; of fewer nothing is promised, for the others count too.
+    `remembered`: how many sources the model is known to have been trained on; with any there is no bound.
     """
     accounting = account(recipe, latent=latent)
+    reasons = accounting.reasons
+    if remembered:
+        reasons += (
+            f"the model was trained on {remembered} of the audited sources and may remember them, where the "
+            "bound supposes that its weights don't depend on the record",
+        )
     known = tuple(noise) if len(noise) == accounting.observations else ()
     return Bound(
-        reasons=accounting.reasons,
+        reasons=reasons,
         within=accounting.within,
         notes=accounting.notes,
         observations=accounting.observations,
         sigmas=known,
         dp_delta=DP_DELTA,
-        promises=tuple(_promises(deltas, known)) if accounting.certified and known else (),
+        promises=tuple(_promises(deltas, known)) if known and not reasons else (),
     )
 
 
@@ -101,6 +115,15 @@ def states(
             found = _widened(found, len(state), folder)
         found[at[sample.stem, sample.key], : len(state)] = state
     return found
+
+
+def cautions(recipe: Recipe) -> Iterator[str]:
+    """What of a recipe must be known before numbers of its privacy are believed, however they were measured."""
+    if recipe.purpose == "anonymize" and recipe.sampler.eta < 1:
+        yield (
+            f"sampler.eta is {recipe.sampler.eta:g}: below 1 the way back adds little noise, or none, "
+            "so x_t can be computed from the output and attacks come up to the bound; anonymize with eta 1"
+        )
 
 
 def uncertified(recipe: Recipe, *, latent: bool) -> tuple[str, ...]:

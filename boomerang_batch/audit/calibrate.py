@@ -117,6 +117,7 @@ class Calibration:
     """The t found, on samples that the search has not seen."""
     holds: bool
     """Whether the target is reached there too."""
+    warnings: tuple[str, ...]
 
     def told(self, level: Level) -> str:
         """What the target's measure is at one t, in words, the worst reading of all."""
@@ -139,9 +140,11 @@ def calibrate(
     target: Target,
     *,
     embedders: Sequence[str],
+    left_out: Sequence[str] = (),
 ) -> Calibration:
     """Find t on the samples of `search` and check it on those of `check`.
 
+    `left_out`: what `choose` has to say of the samples.
     Raises MeasureError where there are too few, ConfigError for a bound that this recipe has not.
     """
     _require_bound(rig, recipe, target)
@@ -154,13 +157,15 @@ def calibrate(
 
     found, beside = _halve(reached, least=target.least)
     checked = None if found is None else trials.at("fraction", found / STEPS, check)[1]
+    searched = tuple(tried_at[step] for step in sorted(tried_at))
     return Calibration(
         target=target,
         t=None if found is None else found / STEPS,
         beside=None if beside is None else beside / STEPS,
-        searched=tuple(tried_at[step] for step in sorted(tried_at)),
+        searched=searched,
         checked=checked,
         holds=checked is not None and target.reached(checked),
+        warnings=(*left_out, *trials.warnings((*searched, *([] if checked is None else [checked])))),
     )
 
 

@@ -142,6 +142,8 @@ class Findings:
     """The model's own training images that outputs were compared with."""
     holdout: int = 0
     """Real images that were no sources, by which was told what is near; 0: sources among themselves tell it."""
+    unread: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """What of `training` and `holdout` could not be read, by which: pictures, and pieces of damaged shards."""
     worst: tuple[Case, ...] = ()
     warnings: tuple[str, ...] = ()
     gates: tuple[Gate, ...] = ()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,8 +21,8 @@ from boomerang_batch.audit.records import Records
 from boomerang_batch.audit.tried import Level, Trials
 from boomerang_batch.config.pipeline import Recipe
 from boomerang_batch.data import images
-from boomerang_batch.data.manifest import Manifest
-from boomerang_batch.data.spread import samples_of
+from boomerang_batch.data.manifest import Manifest, ShardEntry
+from boomerang_batch.data.spread import Unread, samples_of
 from boomerang_batch.errors import ManifestError
 from boomerang_batch.run.trial import Chosen, Rig, at_t
 
@@ -36,13 +36,15 @@ class Sweep:
     name: str
     samples: int
     levels: tuple[Level, ...]
+    warnings: tuple[str, ...]
     grid: bytes
     """PNG: a row for each image, its source first, then one column for each t, which stands above it."""
 
     def facts(self) -> dict[str, object]:
         """All but the pictures, as JSON has it."""
         about = {"format_version": FORMAT_VERSION, "name": self.name, "samples": self.samples}
-        return about | {"levels": [plain(asdict(level)) for level in self.levels]}
+        levels = [plain(asdict(level)) for level in self.levels]
+        return about | {"warnings": list(self.warnings), "levels": levels}
 
 
 def plain(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,35 +53,39 @@ def plain(facts: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def choose(manifest: Manifest, count: int, *, parts: int = 1) -> list[list[Chosen]]:
-    """About `count` samples in disjoint parts; the first variant of each is enough.
+def choose(
+    manifest: Manifest, count: int, *, parts: int = 1, named: bool
+) -> tuple[list[list[Chosen]], tuple[str, ...]]:
+    """About `count` samples in disjoint parts, and what was left out; the first variant of each is enough.
 
     Whole shards, as an audit takes them, since a shard's records are each other's candidates; of a single shard
-    every part gets some, and so fewer candidates than there will be.
+    every part gets some, and so fewer candidates than there will be. `named`: whether damaged shards may be.
+    Raises ManifestError where there are too few samples that can be read.
     """
     found: list[list[Chosen]] = [[] for _ in range(parts)]
-    share = math.ceil(count / parts)
+    share, unread = math.ceil(count / parts), Unread()
     for number, entry in enumerate(sorted(manifest.shards, key=lambda entry: shuffled(entry.stem))):
         part = found[number % parts]
-        part += [
-            Chosen(stem=entry.stem, key=sample.key, fields=sample.fields, numbers=(0,))
-            for _, sample in itertools.islice(samples_of(entry), share - len(part))
-        ]
+        part += itertools.islice(_chosen(entry, unread), share - len(part))
         if all(len(part) == share for part in found):
             break
     if not all(found):
-        chosen = (
-            Chosen(stem=entry.stem, key=sample.key, fields=sample.fields, numbers=(0,))
-            for entry in manifest.shards
-            for _, sample in samples_of(entry)
-        )
-        whole = list(itertools.islice(chosen, count))
+        every = (sample for entry in manifest.shards for sample in _chosen(entry, unread))
+        whole = list(itertools.islice(every, count))
         found = [whole[number::parts] for number in range(parts)]
+    damaged = unread.told(manifest, named=named)
     if not all(found):
         raise ManifestError(
             f"manifest {manifest.name}: its shards hold too few samples that can be read for {parts} part(s)"
+            + (f": there is what can't be in {damaged}" if damaged else "")
         )
-    return found
+    left_out = f"manifest {manifest.name}: what can't be read in {damaged} is left out"
+    return found, (left_out,) if damaged else ()
+
+
+def _chosen(entry: ShardEntry, unread: Unread) -> Iterator[Chosen]:
+    for _, sample in samples_of(entry, unread):
+        yield Chosen(stem=entry.stem, key=sample.key, fields=sample.fields, numbers=(0,))
 
 
 def sweep(
@@ -90,15 +96,26 @@ def sweep(
     *,
     embedders: Sequence[str],
     shown: int,
+    left_out: Sequence[str] = (),
 ) -> Sweep:
-    """Draw the samples at every (unit, value) of t and measure them. Raises RecipeError for a bad t."""
+    """Draw the samples at every (unit, value) of t and measure them. Raises RecipeError for a bad t.
+
+    `left_out`: what `choose` has to say of the samples.
+    """
     for unit, value in levels:
         at_t(recipe, unit, value)  # before any is drawn
     trials = Trials(rig, recipe, embedders=embedders)
     came = [trials.at(unit, value, samples) for unit, value in levels]
     heads = [f"{'t' if unit == 'fraction' else unit} {value:g}" for unit, value in levels]
     grid = _grid([records for records, _ in came], heads=("source", *heads), shown=shown)
-    return Sweep(name=recipe.name, samples=len(samples), levels=tuple(level for _, level in came), grid=grid)
+    measured = tuple(level for _, level in came)
+    return Sweep(
+        name=recipe.name,
+        samples=len(samples),
+        levels=measured,
+        warnings=(*left_out, *trials.warnings(measured)),
+        grid=grid,
+    )
 
 
 def _grid(columns: Sequence[Records], *, heads: Sequence[str], shown: int) -> bytes:

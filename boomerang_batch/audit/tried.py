@@ -5,13 +5,13 @@ Every t gets the same samples, under noise of its own that nobody has used befor
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from boomerang_batch.audit import compare
-from boomerang_batch.audit.bounding import certified
+from boomerang_batch.audit.bounding import cautions, certified
 from boomerang_batch.audit.findings import Reading
 from boomerang_batch.audit.records import Gathering, Records
 from boomerang_batch.config.pipeline import Recipe
@@ -38,6 +38,8 @@ class Level:
     """The noise there, relative to the clean signal."""
     evaluations: int
     """The most network calls that any output took."""
+    failed: int = 0
+    """Samples that came to nothing, and are in no reading."""
     readings: tuple[Reading, ...]
 
 
@@ -49,32 +51,42 @@ class Trials:
         self.rig, self.recipe, self._names = rig, recipe, embedders
         self._embedders: list[Embedder] = []
 
+    def warnings(self, levels: Iterable[Level]) -> Iterator[str]:
+        """What must be known before the levels' numbers are believed."""
+        yield from cautions(self.recipe)
+        for level in levels:
+            if level.failed:
+                yield f"{level.t}: nothing came of {level.failed} sample(s), which are in none of its numbers"
+
     def at(self, unit: str, value: float, samples: Sequence[Chosen]) -> tuple[Records, Level]:
         """Draw the samples at a t. Raises RecipeError for one that can't be, MeasureError without an output."""
         recipe = at_t(self.recipe, unit, value)
-        records = tried(self.rig, recipe, samples)
+        records = tried(self.rig, recipe, samples, released=self.recipe)
         self._embedders = self._embedders or [known.load(name, fit_on=records.sources) for name in self._names]
         sigmas = [row.sigma for row in records.rows if row.sigma is not None]
         found = Level(
             t=f"{unit}={value:g}",
             sigma=float(np.median(sigmas)) if sigmas else None,
             evaluations=max(row.evaluations or 0 for row in records.rows),
+            failed=len(samples) - len(records.rows),
             readings=(*certified(self.rig, recipe, samples, records), *_readings(records, self._embedders)),
         )
         return records, found
 
 
-def tried(rig: Rig, recipe: Recipe, samples: Sequence[Chosen]) -> Records:
+def tried(rig: Rig, recipe: Recipe, samples: Sequence[Chosen], *, released: Recipe) -> Records:
     """Draw the samples by the recipe under fresh noise. Raises MeasureError where nothing comes of any.
 
-    Held in memory, for some thousand samples at most.
+    Candidates are those that agree in all that outputs of `released` tell of their sources. `recipe` is that at
+    one t; at t 0 it releases less, and would be compared among others than at every other t. Held in memory,
+    for some thousand samples at most.
     """
     anew, secret = fresh_noise(recipe)
     by_name = {(sample.stem, sample.key): sample for sample in samples}
     made = [outcome for outcome in rig.run(anew, samples, secret=secret) if outcome.image is not None]
     if not made:
         raise MeasureError("no output came of any sample tried; run one shard to see why")
-    gathering = Gathering(recipe, (outcome.row for outcome in made), folder=None)
+    gathering = Gathering(released, (outcome.row for outcome in made), folder=None)
     for outcome in made:
         chosen = by_name[outcome.stem, outcome.key]
         drawn = images.decode(outcome.image or b"", field=outcome.field or "", channels=3, policy=recipe.images)

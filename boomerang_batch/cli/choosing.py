@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -85,10 +86,19 @@ def sweep_command(
     from boomerang_batch.run.trial import Rig
 
     recipe = load_recipe(pipeline, overrides)
-    [chosen] = choose(load_manifest(manifest), samples)
+    named = recipe.purpose != "anonymize"
+    [chosen], left_out = choose(load_manifest(manifest), samples, named=named)
     with Rig(recipe, device=device, threads=threads or usable_cpus()) as rig:
         at = [("fraction", level) for level in levels]
-        found = sweep(rig, recipe, chosen, at, embedders=tuple(dict.fromkeys(embedders)), shown=show)
+        found = sweep(
+            rig,
+            recipe,
+            chosen,
+            at,
+            embedders=tuple(dict.fromkeys(embedders)),
+            shown=show,
+            left_out=left_out,
+        )
     curves = [(level, one.readings) for level, one in zip(levels, found.levels, strict=True)]
     made = {
         "grid.png": found.grid,
@@ -143,9 +153,18 @@ def calibrate_command(
     from boomerang_batch.run.trial import Rig
 
     wanted, recipe = Target.parse(target), load_recipe(pipeline, overrides)
-    search, check = choose(load_manifest(manifest), samples, parts=2)
+    named = recipe.purpose != "anonymize"
+    (search, check), left_out = choose(load_manifest(manifest), samples, parts=2, named=named)
     with Rig(recipe, device=device, threads=threads or usable_cpus()) as rig:
-        found = calibrate(rig, recipe, search, check, wanted, embedders=tuple(dict.fromkeys(embedders)))
+        found = calibrate(
+            rig,
+            recipe,
+            search,
+            check,
+            wanted,
+            embedders=tuple(dict.fromkeys(embedders)),
+            left_out=left_out,
+        )
     click.echo(json.dumps(found.facts(), indent=1) if as_json else _calibration(found, target))
     context.exit(0 if found.holds else 4)
 
@@ -161,7 +180,7 @@ def _table(found: Sweep) -> str:
     for name, *cells in rows:
         numbers = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
         lines.append("   ".join([name.ljust(widths[0]), *numbers]))
-    return "\n".join(lines)
+    return "\n".join([*lines, *_warned(found.warnings)])
 
 
 def _cell(level: Level, measure: str) -> str:
@@ -177,7 +196,8 @@ def _cell(level: Level, measure: str) -> str:
 def _calibration(found: Calibration, target: str) -> str:
     if found.t is None:
         nearest = found.searched[-1 if found.target.least else 0]
-        return f"no t reaches {target}: at t {nearest.t} there is {found.told(nearest)}"
+        none = f"no t reaches {target}: at t {nearest.t} there is {found.told(nearest)}"
+        return "\n".join([none, *_warned(found.warnings)])
     kind = "the least" if found.target.least else "the largest"
     lines = [f"t fraction={found.t:g} is {kind} that reaches {target} on the samples searched"]
     if found.beside is not None:
@@ -189,4 +209,8 @@ def _calibration(found: Calibration, target: str) -> str:
         lines.append(f"on samples that the search has not seen it {verdict}: {found.told(found.checked)}")
         cells = ((name, _cell(found.checked, measure)) for measure, name in _SHOWN.items())
         lines += [f"  {name}: {cell}" for name, cell in cells if cell]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_warned(found.warnings)])
+
+
+def _warned(warnings: Sequence[str]) -> list[str]:
+    return [f"warning: {one}" for one in warnings]

@@ -24,8 +24,8 @@ def section(facts: Facts, findings: Findings | None = None) -> Section:
     """What can be said about the privacy of the outputs; an audit knows how far its sources are apart."""
     accounting = account(facts.recipe)
     sigmas = observations(facts, accounting)
-    if not accounting.certified:
-        return _uncertified(facts, accounting)
+    if reasons := _reasons(accounting, findings):
+        return _uncertified(facts, accounting, reasons)
     if sigmas is None:
         return _without_figures(accounting)
     return _certified(accounting, sigmas, findings.bound if findings else None)
@@ -40,10 +40,16 @@ def observations(facts: Facts, accounting: Accounting) -> tuple[float, ...] | No
 
 def in_short(facts: Facts, findings: Findings | None) -> tuple[str, str]:
     """The same as one figure: (what, how much)."""
-    if not account(facts.recipe).certified:
+    if _reasons(account(facts.recipe), findings):
         return "Proven bound", "none"
     told = {one.distance: one.accuracy for one in findings.bound.promises} if findings else {}
     return ("Right, at most", percent(told["median"])) if "median" in told else ("A bound is", "proven")
+
+
+def _reasons(accounting: Accounting, findings: Findings | None) -> tuple[str, ...]:
+    """Why there is no bound: what the recipe tells, and what an audit has found besides."""
+    found = findings.bound.reasons if findings else ()
+    return tuple(dict.fromkeys((*accounting.reasons, *found)))
 
 
 def _certified(accounting: Accounting, sigmas: tuple[float, ...], audited: Bound | None) -> Section:
@@ -124,7 +130,7 @@ def _curve(combined: float, rows: tuple[tuple[str, str], ...]) -> Curve:
     )
 
 
-def _uncertified(facts: Facts, accounting: Accounting) -> Section:
+def _uncertified(facts: Facts, accounting: Accounting, reasons: tuple[str, ...]) -> Section:
     meant = facts.anonymize
     prose = (
         "No bound is proven for these outputs. That is no finding that their sources can be told; it means "
@@ -134,7 +140,7 @@ def _uncertified(facts: Facts, accounting: Accounting) -> Section:
         "like their sources.",
     )
     points: tuple[Points, ...] = (
-        Points(heading="Why there is no bound", sentences=tuple(map(sentence, accounting.reasons))),
+        Points(heading="Why there is no bound", sentences=tuple(map(sentence, reasons))),
     )
     if meant:
         points += (Points(heading="What is known besides", sentences=(f"{', '.join(accounting.within)}.",)),)

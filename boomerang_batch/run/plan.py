@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import tempfile
 import time
@@ -20,13 +21,14 @@ from boomerang_batch.config.pipeline import Recipe
 from boomerang_batch.data.manifest import Manifest, ShardEntry
 from boomerang_batch.data.provenance import BAD, read_rows
 from boomerang_batch.data.shards import write_shard
-from boomerang_batch.data.spread import evenly, spread_samples
+from boomerang_batch.data.spread import Unread, evenly, spread_samples
 from boomerang_batch.errors import ConfigError, ManifestError
 from boomerang_batch.run.commit import PROVENANCE_SUFFIX, TAR_SUFFIX
 from boomerang_batch.run.private import prepare_private_dir
 from boomerang_batch.run.tasks import DEPTH, RunReport, RunSpec, Task
 
 FORMAT_VERSION = 1
+_log = logging.getLogger(__name__)
 _SHARDS_WEIGHED = 64
 _LEAST_PROBE = 64
 
@@ -184,7 +186,9 @@ def _probe(
         wanted = samples or max(2 * batch_size, _LEAST_PROBE)
         # Whole batches, lest the last one's empty slots count as work that every sample makes.
         outputs = math.ceil(wanted * recipe.outputs / batch_size) * batch_size
-        taken = _write_probe(shard, manifest, math.ceil(outputs / recipe.outputs))
+        taken = _write_probe(
+            shard, manifest, math.ceil(outputs / recipe.outputs), named=recipe.purpose != "anonymize"
+        )
         started = time.monotonic()
         report = runner.run(
             Task(name="probe", url=str(shard), source_stem="probe"),
@@ -215,19 +219,23 @@ def _probe(
     )
 
 
-def _write_probe(path: Path, manifest: Manifest, wanted: int) -> int:
-    """Write a shard of samples from all over the manifest; how many."""
-    taken = 0
+def _write_probe(path: Path, manifest: Manifest, wanted: int, *, named: bool) -> int:
+    """Write a shard of samples from all over the manifest; how many. `named`: whether shards may be."""
+    taken, unread = 0, Unread()
 
     def samples() -> Iterator[tuple[str, Mapping[str, bytes]]]:
         nonlocal taken
-        for _, sample in spread_samples(manifest.shards, wanted):
+        for _, sample in spread_samples(manifest.shards, wanted, unread):
             yield f"{taken:08d}", sample.fields
             taken += 1
 
     write_shard(path, samples())
+    damaged = unread.told(manifest, named=named)
     if not taken:
-        raise ManifestError(f"manifest {manifest.name}: its shards hold no sample that can be read")
+        why = f": {damaged}" if damaged else ""
+        raise ManifestError(f"manifest {manifest.name}: its shards hold no sample that can be read{why}")
+    if damaged:
+        _log.warning("the probe leaves out what can't be read in %s", damaged)
     return taken
 
 
