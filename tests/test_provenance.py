@@ -16,6 +16,7 @@ from boomerang_batch.data.images import Picture
 from boomerang_batch.data.provenance import (
     ROW_GROUP_ROWS,
     SCHEMA,
+    WITH_TRIALS,
     Marker,
     Row,
     pixel_digest,
@@ -78,7 +79,8 @@ def test_rows_come_back_as_they_went(rows, tmp_path_factory):
 
 
 def test_every_column_is_a_field_and_the_required_ones_are_required():
-    assert SCHEMA.names == [column.name for column in dataclasses.fields(Row)]
+    assert WITH_TRIALS.names == [column.name for column in dataclasses.fields(Row)]
+    assert [*SCHEMA.names, "trial"] == WITH_TRIALS.names
     assert [field.name for field in SCHEMA if not field.nullable] == ["variant", "status", *CONSTANTS]
     assert SCHEMA.field("label").type == pa.int64()
     assert SCHEMA.field("sigma").type == pa.float64()

@@ -126,7 +126,14 @@ _FEATURES: Mapping[str, Feature] = {
             "the method looks at the source again after noising it",
         ),
     ),
-    **dict.fromkeys(("target.label", "target.prompt", "target.field", "target.guidance"), _OF_CODES),
+    **dict.fromkeys(
+        (
+            *(f"target.{name}" for name in ("label", "prompt", "field", "guidance")),
+            *(f"target.{name}" for name in ("trials", "select", "classifier")),
+            *(f"target.refine.{name}" for name in ("steps", "eta", *(f"t.{unit}" for unit in _UNITS))),
+        ),
+        _OF_CODES,
+    ),
     # What the mechanism is.
     **dict.fromkeys(
         (f"t.{unit}" for unit in _UNITS),

@@ -150,6 +150,12 @@ class Recipe(Block):
                 "target.model: how near another model leads back to a source nobody can tell beforehand, so "
                 "purpose anonymize decodes with the model itself"
             )
+        nearest = self.target is not None and self.target.trials > 1 and self.target.select == "nearest"
+        if self.purpose == "anonymize" and nearest:
+            raise ValueError(
+                "target.select nearest keeps, of several trials, what is most like the source, which purpose "
+                "anonymize is to hide: take select: class, or one trial"
+            )
         if self.target is not None and self.target.guidance is not None:
             try:
                 self.model.guided(self.target.guidance)

@@ -2,12 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from boomerang_batch.config.blocks import ModelSpec
-from boomerang_batch.config.forms import Block
+from boomerang_batch.config.forms import Block, T
+
+
+class Level(Block):
+    """How far out to go, as `T` says it, the same number for all. Exactly one of the four."""
+
+    fraction: float | None = Field(None, ge=0, le=1)
+    timestep: int | None = Field(None, ge=0)
+    sigma: float | None = Field(None, ge=0)
+    snr: float | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def _exactly_one_unit(self) -> Level:
+        if list(dict(self).values()).count(None) != 3:
+            raise ValueError("t needs exactly one unit: fraction, timestep, sigma or snr")
+        return self
+
+    @property
+    def t(self) -> T:
+        """The same as a recipe's t."""
+        return T.model_validate(self.model_dump(exclude_none=True))
+
+
+class Refine(Block):
+    """Boomerang itself on what was decoded."""
+
+    t: Level = Field(description="how far out, in one of the units")
+    steps: int | None = Field(None, ge=1, description="size of the full grid; null: the recipe's")
+    eta: float = Field(1.0, ge=0, le=1)
 
 
 class Target(Block):
@@ -20,12 +48,26 @@ class Target(Block):
         None, ge=0, description="classifier-free guidance weight while decoding; null: the model's own"
     )
     model: ModelSpec | None = Field(None, description="another model to decode with; null: `model`")
+    trials: int = Field(1, ge=1, le=256, description="codes drawn of each variant, of which the best is kept")
+    select: Literal["nearest", "class"] = Field(
+        "nearest", description="the best: that comes nearest to the source, or is surest of the target's class"
+    )
+    classifier: str | None = Field(None, description="installed classifier to ask, with select: class")
+    refine: Refine | None = Field(None, description="Boomerang on what was decoded; null: none")
 
     @model_validator(mode="after")
     def _one_target(self) -> Target:
         told = 3 - [self.label, self.prompt, self.field].count(None)
         if told > 1 or (not told and self.model is None):
             raise ValueError("a target is one of label, prompt and field, or another model")
+        return self
+
+    @model_validator(mode="after")
+    def _trials_have_a_judge(self) -> Target:
+        if self.trials == 1 and (self.select != "nearest" or self.classifier is not None):
+            raise ValueError("select and classifier choose among several trials: set trials, or remove them")
+        if (self.select == "class") != (self.classifier is not None):
+            raise ValueError("classifier goes with select: class, and that one needs it: name an installed one")
         return self
 
     @model_validator(mode="after")
@@ -44,9 +86,13 @@ class Target(Block):
         return self
 
     def canonical(self) -> dict[str, Any]:
-        """What of it enters the recipe's canonical form: what came later only where it is said."""
+        """What of it enters the recipe's canonical form: what came later only where it says something."""
         full = self.model_dump(mode="json")
-        return {name: value for name, value in full.items() if value is not None or name in _FIRST}
+        defaults = {name: field.default for name, field in type(self).model_fields.items()}
+        said = {name: value for name, value in full.items() if name in _FIRST or value != defaults[name]}
+        if self.refine is not None:
+            said["refine"]["t"] = self.refine.t.model_dump(mode="json", exclude_none=True)
+        return said
 
 
 _FIRST = frozenset({"label", "prompt", "field"})

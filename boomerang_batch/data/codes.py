@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, load_file, save
 
 from boomerang_batch.diffusion.codes import Code
 from boomerang_batch.errors import SampleError
 
 FIELD = "code.safetensors"
 """The field of a shard that holds a code."""
+_STALE = "its code was drawn of another image, or by another run; --only-failed draws it anew"
 
 
-def code_bytes(codes: Sequence[Code], *, proof: bytes) -> bytes:
-    """The codes of an image's pieces, in order, with what proves whose they are; equal ones in equal bytes."""
+def code_bytes(codes: Sequence[Code], *, proof: bytes, trial: int | None = None) -> bytes:
+    """The codes of an image's pieces, in order, with what proves whose they are; equal ones in equal bytes.
+
+    `trial`: which one of several this is.
+    """
     tensors = {"proof": torch.frombuffer(bytearray(proof), dtype=torch.uint8)}
+    if trial is not None:
+        tensors["trial"] = torch.tensor(trial)
     for index, code in enumerate(codes):
         tensors[f"{index}.x_n"] = code.x_n.contiguous()
         if code.residuals is not None:
@@ -33,10 +40,7 @@ def read_codes(data: bytes, *, proof: bytes | None, pieces: int, steps: int) -> 
     try:
         tensors = load(data)
         if proof is not None and tensors["proof"].numpy().tobytes() != proof:
-            raise SampleError(
-                "stale-code",
-                "its code was drawn of another image, or by another run; --only-failed draws it anew",
-            )
+            raise SampleError("stale-code", _STALE)
         found = [
             Code(x_n=tensors[f"{index}.x_n"], residuals=tensors.get(f"{index}.residuals"))
             for index in range(pieces)
@@ -48,3 +52,29 @@ def read_codes(data: bytes, *, proof: bytes | None, pieces: int, steps: int) -> 
         if code.x_n.dtype != torch.float32 or code.residuals is None or code.residuals.shape != shape:
             raise SampleError("bad-code", f"its code is not one of {steps} steps, as this walk has")
     return found
+
+
+def check_codes(path: Path, *, proof: bytes, pieces: int, steps: int) -> int | None:
+    """Which trial the codes in a file are, if any, as `code_bytes` made it; looks at their outline alone.
+
+    Raises SampleError as `read_codes` does.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            if file.get_tensor("proof").numpy().tobytes() != proof:
+                raise SampleError("stale-code", _STALE)
+            for index in range(pieces):
+                x_n, residuals = (file.get_slice(f"{index}.{name}") for name in ("x_n", "residuals"))
+                shape = [steps + 1, *x_n.get_shape()]
+                if {x_n.get_dtype(), residuals.get_dtype()} != {"F32"} or residuals.get_shape() != shape:
+                    raise SampleError("bad-code", f"its code is not one of {steps} steps, as this walk has")
+            return int(file.get_tensor("trial")) if "trial" in file.keys() else None  # noqa: SIM118
+    except (SafetensorError, ValueError) as error:
+        raise SampleError("bad-code", f"what is kept of it is no code: {error}") from error
+
+
+def load_codes(path: Path, *, pieces: int) -> tuple[list[Code], int]:
+    """The codes in a file that `check_codes` let pass, and which trial they are."""
+    tensors = load_file(path)
+    codes = [Code(x_n=tensors[f"{i}.x_n"], residuals=tensors[f"{i}.residuals"]) for i in range(pieces)]
+    return codes, int(tensors.get("trial", 0))

@@ -46,6 +46,7 @@ class Row:
     dtype       what the network computed in; float32 also where half precision had failed
     flagged     whether the model's safety checker objects; None where it was not asked
     width, height  of the output, in pixels
+    trial       which of several codes was kept, from 0; only in files of runs that try several
     """
 
     key: str | None = None
@@ -75,6 +76,7 @@ class Row:
     model_digest: str
     recipe_digest: str
     versions: str
+    trial: int | None = None
 
 
 _ARROW_TYPES = {
@@ -85,7 +87,7 @@ _ARROW_TYPES = {
     "bool": pa.bool_(),
 }
 
-SCHEMA: pa.Schema = pa.schema(
+WITH_TRIALS: pa.Schema = pa.schema(
     [
         pa.field(
             column.name,
@@ -96,17 +98,21 @@ SCHEMA: pa.Schema = pa.schema(
     ],
     metadata={"format_version": str(FORMAT_VERSION)},
 )
+"""The columns of a run that tries several codes."""
+
+SCHEMA: pa.Schema = WITH_TRIALS.remove(WITH_TRIALS.get_field_index("trial"))
+"""The columns of every other run, whose files are what they were before there were trials."""
 
 
-def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Write a shard's rows in the order given.
+def write_rows(path: Path, rows: Iterable[Row], *, schema: pa.Schema = SCHEMA) -> None:
+    """Write a shard's rows in the order given, in the columns of one of the two schemas.
 
     Raises ShardError when a (key, variant) comes twice, ValueError for a row that contradicts itself.
     """
     seen: set[tuple[str, int]] = set()
     waiting = iter(rows)
     with pq.ParquetWriter(
-        path, SCHEMA, version="2.6", data_page_version="1.0", compression="zstd", compression_level=3
+        path, schema, version="2.6", data_page_version="1.0", compression="zstd", compression_level=3
     ) as writer:
         while group := list(itertools.islice(waiting, ROW_GROUP_ROWS)):
             for row in group:
@@ -118,8 +124,8 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
                     )
                 if row.key is not None:
                     seen.add((row.key, row.variant))
-            columns = {name: [getattr(row, name) for row in group] for name in SCHEMA.names}
-            writer.write_table(pa.table(columns, schema=SCHEMA), row_group_size=ROW_GROUP_ROWS)
+            columns = {name: [getattr(row, name) for row in group] for name in schema.names}
+            writer.write_table(pa.table(columns, schema=schema), row_group_size=ROW_GROUP_ROWS)
 
 
 def read_rows(source: Path | str | BinaryIO) -> list[Row]:
@@ -138,7 +144,8 @@ def read_rows(source: Path | str | BinaryIO) -> list[Row]:
         raise VerificationError(
             f"{_named(source)} has {version} format_version; this release reads {FORMAT_VERSION}"
         )
-    if table.schema.names != SCHEMA.names or table.schema.types != SCHEMA.types:
+    there = (table.schema.names, table.schema.types)
+    if there not in [(schema.names, schema.types) for schema in (SCHEMA, WITH_TRIALS)]:
         raise VerificationError(f"{_named(source)} has other columns than a provenance file")
     rows = [Row(**values) for values in table.to_pylist()]
     if problem := next(filter(None, map(_contradiction, rows)), None):

@@ -51,6 +51,11 @@ def noise_key(material: bytes, *, identity: bytes, variant: int) -> bytes:
     return mac.digest()
 
 
+def derived_key(key: bytes, purpose: str) -> bytes:
+    """A noise key of its own for another use of a variant, by that use's name: unpredictable as `key` is."""
+    return hashlib.blake2b(purpose.encode(), key=key, digest_size=16, person=b"boomerang-noise2").digest()
+
+
 def seed_material(seed: int) -> bytes:
     """Key material for a plain, publishable seed (0 <= seed < 2**63)."""
     return b"public-seed-" + struct.pack("<q", seed)

@@ -6,6 +6,7 @@ factory NAME as factory(), which returns a `Classifier`; docs/embedders.md shows
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
@@ -23,7 +24,7 @@ GROUP = "boomerang_batch.classifiers"
 
 
 class Classifier(Protocol):
-    """Images to labels."""
+    """Images to labels. It may have `probability(images, label)`, a number from 0 to 1 for each image."""
 
     @property
     def name(self) -> str:
@@ -70,10 +71,25 @@ class CheckedClassifier:
             for label in _labels(answer, count, who=who)
         ]
 
+    def probability(self, images: Images, label: str) -> list[float]:
+        """How sure it is that each image (N, H, W, C) is a `label`, 0 to 1.
 
-def load(name: str) -> Classifier:
+        One that tells classes alone is sure of what it tells.
+        """
+        if not callable(getattr(self.made, "probability", None)):
+            return [float(told == label) for told in self.classify(images)]
+        who = f"classifier {self.name}"
+        asked = functools.partial(self.made.probability, label=label)
+        return [
+            number
+            for answer, count in answers(asked, images, who=who)
+            for number in _shares(answer, count, who=who)
+        ]
+
+
+def load(name: str, *, where: str = "--classifier") -> CheckedClassifier:
     """The installed classifier of this name. Raises ConfigError where there is none, or it is none."""
-    where = f"--classifier {name}"
+    where = f"{where} {name}"
     entry = installed.find(GROUP, name, where=where, error=ConfigError)
     return CheckedClassifier(installed.make(entry, where=where, error=ConfigError), entry=entry)
 
@@ -91,3 +107,14 @@ def _labels(answer: Any, count: int, *, who: str) -> list[str]:
                 f"{who} gave {label!r} for a label; it must be a whole number or a text, as the records' are"
             )
     return [str(label) for label in labels]
+
+
+def _shares(answer: Any, count: int, *, who: str) -> list[float]:
+    """The answer for a batch as numbers. Raises MeasureError where it is no probability for each image."""
+    try:
+        shares = np.asarray(answer, dtype=np.float64)
+    except (TypeError, ValueError):
+        shares = np.empty(0)
+    if shares.shape != (count,) or not ((shares >= 0) & (shares <= 1)).all():
+        raise MeasureError(f"{who} gave no probability from 0 to 1 for each of {count} images")
+    return [float(share) for share in shares]

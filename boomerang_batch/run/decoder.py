@@ -14,11 +14,14 @@ from typing import Any
 
 import torch
 
-from boomerang_batch.config.pipeline import ModelSpec, Recipe
+from boomerang_batch.config.pipeline import ModelSpec, Recipe, Sampler
+from boomerang_batch.config.targets import Refine
 from boomerang_batch.diffusion.denoiser import Denoiser, DenoiserSpec
 from boomerang_batch.diffusion.engine import Engine
 from boomerang_batch.diffusion.threads import run_apart, use_threads
 from boomerang_batch.errors import ConfigError
+from boomerang_batch.measures.classifiers import CheckedClassifier
+from boomerang_batch.measures.classifiers import load as load_classifier
 from boomerang_batch.models import load_denoiser, with_guidance
 from boomerang_batch.run.canvas import check_fit
 from boomerang_batch.run.loading import probes, try_out
@@ -35,25 +38,50 @@ class Decoder:
     asked: ModelSpec
     model: DenoiserSpec
     walks: Walks
+    refining: Walks | None = None
+    """Of what was decoded, where that is refined."""
+    judge: CheckedClassifier | None = None
+    """Who says which of several codes is the best."""
+
+    def digest(self, source: DenoiserSpec) -> str:
+        """What a run knows its models by: the digest of the one that it has, or of all of them."""
+        judges = [] if self.judge is None else [self.judge.digest]
+        every = list(dict.fromkeys([source.digest, self.model.digest, *judges]))
+        return every[0] if len(every) == 1 else hashlib.sha256(json.dumps(every).encode()).hexdigest()
 
 
-def load_decoder(recipe: Recipe, encoding: Engine, *, device: str, threads: int) -> tuple[Engine, Walks]:
-    """The engine that a recipe's codes are decoded on, and its walks, beside the one they are drawn on.
+def load_decoder(recipe: Recipe, encoding: Engine, *, device: str, threads: int) -> tuple[Engine, Decoder]:
+    """What a recipe's codes are decoded with, and the engine for it, beside the one they are drawn on.
 
     It is the very same engine where the target changes neither model nor guidance. Raises ConfigError for a
     model that can't decode the other's codes, and ModelError as loading does.
     """
-    asked = recipe.decoded_by
-    if asked == recipe.model:
-        return encoding, Walks(recipe, encoding.denoiser.spec)
-    return run_apart(
-        lambda: _load(recipe, asked, encoding, device=device, threads=threads), name="boomerang-load"
+    asked, target, engine = recipe.decoded_by, recipe.target, encoding
+    if asked != recipe.model:
+        engine = run_apart(
+            lambda: _load(recipe, asked, encoding, device=device, threads=threads), name="boomerang-load"
+        )
+    model = engine.denoiser.spec
+    return engine, Decoder(
+        asked=asked,
+        model=model,
+        walks=Walks(recipe, model),
+        refining=None if target is None or target.refine is None else _refining(recipe, target.refine, model),
+        judge=(
+            None
+            if target is None or target.classifier is None
+            else load_classifier(target.classifier, where="target.classifier")
+        ),
     )
 
 
-def _load(
-    recipe: Recipe, asked: ModelSpec, encoding: Engine, *, device: str, threads: int
-) -> tuple[Engine, Walks]:
+def _refining(recipe: Recipe, refine: Refine, model: DenoiserSpec) -> Walks:
+    sampler = Sampler(eta=refine.eta, clip=recipe.sampler.clip)
+    changes = {"t": refine.t.t, "steps": refine.steps or recipe.steps, "sampler": sampler}
+    return Walks(recipe.model_copy(update=changes), model)
+
+
+def _load(recipe: Recipe, asked: ModelSpec, encoding: Engine, *, device: str, threads: int) -> Engine:
     source = encoding.denoiser
     if recipe.target is None or recipe.target.model is None:
         denoiser = with_guidance(source, _weight(asked))
@@ -66,8 +94,7 @@ def _load(
     if denoiser.spec.latent:
         _check_states(denoiser, source, samples)
     try_out(denoiser, asked, recipe, samples, encoding.batch_size)
-    engine = encoding.with_denoiser(denoiser, encode_batch=asked.autoencoder.batch_size)
-    return engine, Walks(recipe, denoiser.spec)
+    return encoding.with_denoiser(denoiser, encode_batch=asked.autoencoder.batch_size)
 
 
 def check_decodes(model: DenoiserSpec, source: DenoiserSpec) -> None:
@@ -78,13 +105,6 @@ def check_decodes(model: DenoiserSpec, source: DenoiserSpec) -> None:
             f"target.model can't decode the codes of the recipe's model: {'; '.join(differing)}. Take two "
             "models that were trained on one noise schedule and one shape of image"
         )
-
-
-def digest_of_both(source: DenoiserSpec, decoder: DenoiserSpec) -> str:
-    """What a run knows its models by: the digest of the one that it has, or of both of them."""
-    if decoder.digest == source.digest:
-        return source.digest
-    return hashlib.sha256(json.dumps([source.digest, decoder.digest]).encode()).hexdigest()
 
 
 def _differences(model: DenoiserSpec, source: DenoiserSpec) -> Iterator[str]:

@@ -86,10 +86,10 @@ class Drawing:
     def _whole(
         self, engine: Engine, draws: Iterable[Draw], stopped: Callable[[], bool], *, dtype: str
     ) -> Iterator[Made]:
-        unfinished: dict[tuple[int, int, int], _Parts] = {}
+        unfinished: dict[tuple[int, int, int, int], _Parts] = {}
         for drawn in engine.run(draws, stopped=stopped):
             tag: PieceTag = drawn.draw.tag
-            place = (tag.prepared.source.offset, tag.variant, drawn.pass_number)
+            place = (tag.prepared.source.offset, tag.variant, tag.trial, drawn.pass_number)
             parts = unfinished.setdefault(place, _Parts())
             parts.images[tag.index] = drawn.image
             if drawn.code is not None:
@@ -122,4 +122,5 @@ def _made(drawn: Drawn, parts: _Parts, dtype: str) -> Made:
         batch_size=parts.batch_size,
         dtype=dtype,
         codes=[parts.codes[index] for index in range(len(parts.codes))],
+        trial=tag.trial,
     )

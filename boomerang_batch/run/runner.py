@@ -18,14 +18,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from boomerang_batch import storage
-from boomerang_batch.data.provenance import BAD, Marker, write_rows
+from boomerang_batch.data.provenance import BAD, SCHEMA, WITH_TRIALS, Marker, write_rows
 from boomerang_batch.data.shards import write_shard
 from boomerang_batch.diffusion.threads import use_threads
 from boomerang_batch.errors import ShardError, StoppedError, StorageError
 from boomerang_batch.run import journal, lease, log_lines
+from boomerang_batch.run.chained import Drawer
 from boomerang_batch.run.coding import FOLDER, Codes, Decoding, Encoding, check_target, codes_home
 from boomerang_batch.run.commit import commit, digest_file, read_marker
-from boomerang_batch.run.decoder import Decoder, digest_of_both, load_decoder
+from boomerang_batch.run.decoder import load_decoder
 from boomerang_batch.run.discretion import PLAIN
 from boomerang_batch.run.drawing import Drawing
 from boomerang_batch.run.ledger import Ledger
@@ -60,13 +61,12 @@ class Runner:
         self._drawing = self._decoding = Drawing(engine, dtype=recipe.model.dtype)
         self._codes_home = None
         if recipe.method != "boomerang":
-            decoding, decoding_walks = load_decoder(recipe, engine, device=spec.device, threads=spec.threads)
-            asked, decodes = recipe.decoded_by, decoding.denoiser.spec
-            check_target(recipe, decodes)
-            self._decoder = Decoder(asked=asked, model=decodes, walks=decoding_walks)
-            model = dataclasses.replace(model, digest=digest_of_both(model, decodes))
+            decoding, decoder = load_decoder(recipe, engine, device=spec.device, threads=spec.threads)
+            check_target(recipe, decoder.model)
+            model = dataclasses.replace(model, digest=decoder.digest(model))
             if decoding is not engine:
-                self._decoding = Drawing(decoding, dtype=asked.dtype)
+                self._decoding = Drawing(decoding, dtype=decoder.asked.dtype)
+            self._decoder = decoder
             self._codes_home = codes_home(recipe, spec.out, spec.private_dir)
             storage.make_folder(self._codes_home)
             storage.sweep(self._codes_home)
@@ -171,7 +171,7 @@ class Runner:
         if marker is None:
             folder = scratch / "encoding"
             folder.mkdir()
-            transform = Encoding(*self._made_with)
+            transform = Encoding(*self._made_with, decoder=self._decoder)
             with self._ledger(task, folder) as ledger:
                 self._draw(task, ledger, transform, kept=None, stopped=stopped, progress=lambda count: None)
                 marker = self._commit(ledger, task, folder, out=home)
@@ -196,7 +196,7 @@ class Runner:
         ShardDrawing(
             task,
             ledger,
-            drawing=self._drawing if isinstance(transform, Encoding) else self._decoding,
+            drawing=self._drawer(transform),
             transform=transform,
             journal=kept,
             keep_originals=self._spec.recipe.keep_originals and not isinstance(transform, Encoding),
@@ -207,11 +207,19 @@ class Runner:
             progress=progress,
         ).run()
 
+    def _drawer(self, transform: Transform) -> Drawer:
+        """What draws for a transform: codes may take several trials, and outputs another model or refining."""
+        if isinstance(transform, Encoding):
+            return transform.drawer(self._drawing, self._decoding)
+        return transform.drawer(self._decoding) if isinstance(transform, Decoding) else self._drawing
+
     def _commit(self, ledger: Ledger, task: Task, scratch: Path, *, out: str) -> Marker:
         """Publish what a ledger holds as a shard of `out`."""
         tar, provenance = scratch / "shard.tar", scratch / "provenance.parquet"
         write_shard(tar, ledger.samples())
-        write_rows(provenance, (row for _, row in ledger.rows()))
+        target = self._spec.recipe.target
+        several = target is not None and target.trials > 1
+        write_rows(provenance, (row for _, row in ledger.rows()), schema=WITH_TRIALS if several else SCHEMA)
         counts: dict[str, int] = dict(sorted(Counter(str(row.status) for _, row in ledger.rows()).items()))
         tar_digest, provenance_digest = digest_file(tar), digest_file(provenance)
         marker = Marker(

@@ -17,8 +17,8 @@ from boomerang_batch.data.shards import Sample, Unreadable, read_samples
 from boomerang_batch.diffusion.engine import Draw
 from boomerang_batch.errors import ModelError, SampleError, ShardError, StoppedError, StorageError
 from boomerang_batch.run import log_lines
+from boomerang_batch.run.chained import Drawer
 from boomerang_batch.run.discretion import PLAIN
-from boomerang_batch.run.drawing import Drawing
 from boomerang_batch.run.guards import RETRIED
 from boomerang_batch.run.journal import Journal
 from boomerang_batch.run.ledger import Ledger
@@ -42,7 +42,7 @@ class ShardDrawing:
         task: Task,
         ledger: Ledger,
         *,
-        drawing: Drawing,
+        drawing: Drawer,
         transform: Transform,
         journal: Journal | None,
         keep_originals: bool,

@@ -35,6 +35,8 @@ class Prepared:
     shows: frozenset[str]
     """Fields whose values rows may tell: all, but under anonymize only those that travel as they are."""
     travelling: Mapping[str, bytes]
+    counterpart: Prepared | None = None
+    """The same sample as its codes are decoded, where they are drawn and decoded at once."""
 
     @functools.cached_property
     def fingerprint(self) -> bytes:
@@ -55,6 +57,8 @@ class PieceTag:
     prepared: Prepared
     variant: int
     index: int
+    trial: int = 0
+    """Which of several codes of the variant."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +75,8 @@ class Made:
     dtype: str
     codes: Sequence[Code] = ()
     """Those of the pieces, where codes were drawn."""
+    trial: int = 0
+    """Which of several codes of the variant."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -145,7 +145,7 @@ class Transform:
                 check_changed(x_0, piece.image, value_range=self._model.value_range)
         digests = tuple(map(seen.digest, made.pieces)) if moved else ()
         self.check_repeated(prepared, number, digests, seen=seen)
-        drawn = self._layout.take_back(prepared.canvas, made.pieces, prepared.picture)
+        drawn = self.picture(made)
         flagged = None if self._flags is None else self._flags(drawn.pixels)
         if flagged and recipe.model.safety != "keep":
             raise SampleError(FLAGGED, "the model's safety checker objects to the output")
@@ -165,6 +165,10 @@ class Transform:
             template = self._rows.untouched(passes=made.pass_number, flagged=flagged)
         output = self._output(prepared, number, output_field(prepared.image_field, format), data, template)
         return replace(output, digests=digests)
+
+    def picture(self, made: Made) -> images.Picture:
+        """What was drawn, put back into its picture."""
+        return self._layout.take_back(made.prepared.canvas, made.pieces, made.prepared.picture)
 
     def _must_change(self, prepared: Prepared, variant: int) -> bool:
         """Whether an output can neither be its input nor another's output."""

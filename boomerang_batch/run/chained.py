@@ -1,0 +1,141 @@
+"""Draws made of what other draws gave: an output refined, or the best found of several codes of one image.
+
+What one drawer makes is fed to another as it comes, so that both stay busy and no more waits between them than
+the engines' queues hold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from boomerang_batch.diffusion.engine import Draw
+from boomerang_batch.run.stages import Made
+
+Again = Callable[[Made], Iterable[Draw]]
+"""The draws that go on from an output, at least one."""
+
+Worth = tuple[float, ...]
+"""How good an output is: the larger, the better, and what comes first counts first."""
+
+
+class Drawer(Protocol):
+    """What draws outputs, as `Drawing` does."""
+
+    def run(self, draws: Iterable[Draw], *, stopped: Callable[[], bool]) -> Iterator[Made]:
+        """Every output whose pieces are among `draws`."""
+        ...
+
+    def run_in_float32(self, draws: Iterable[Draw], *, stopped: Callable[[], bool]) -> Iterator[Made]:
+        """The same with the network in float32."""
+        ...
+
+    @property
+    def exact(self) -> bool:
+        """Whether the network computes in float32 as it is."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refining:
+    """What `drawing` makes, drawn on by the same."""
+
+    drawing: Drawer
+    again: Again
+
+    def run(self, draws: Iterable[Draw], *, stopped: Callable[[], bool]) -> Iterator[Made]:
+        """See Drawer."""
+        return self._refined(functools.partial(self.drawing.run, stopped=stopped), draws)
+
+    def run_in_float32(self, draws: Iterable[Draw], *, stopped: Callable[[], bool]) -> Iterator[Made]:
+        """See Drawer."""
+        return self._refined(functools.partial(self.drawing.run_in_float32, stopped=stopped), draws)
+
+    @property
+    def exact(self) -> bool:
+        """See Drawer."""
+        return self.drawing.exact
+
+    def _refined(
+        self, drawn: Callable[[Iterable[Draw]], Iterator[Made]], draws: Iterable[Draw]
+    ) -> Iterator[Made]:
+        for before, after in chained(drawn(draws), self.again, drawn):
+            yield replace(after, batch_size=min(before.batch_size, after.batch_size))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choosing:
+    """Of all codes that `encoding` draws of a variant the one that `decoding` makes the best image of."""
+
+    encoding: Drawer
+    decoding: Drawer
+    again: Again
+    """The draws that decode."""
+    worth: Callable[[Made], Worth]
+    """Of what was decoded. What compares as nothing, for it is no number, is the worst."""
+    trials: int
+
+    def run(self, draws: Iterable[Draw], *, stopped: Callable[[], bool]) -> Iterator[Made]:
+        """See Drawer."""
+        return self._best(self.encoding.run(draws, stopped=stopped), stopped)
+
+    def run_in_float32(self, draws: Iterable[Draw], *, stopped: Callable[[], bool]) -> Iterator[Made]:
+        """See Drawer. To judge them by, codes are decoded as ever."""
+        return self._best(self.encoding.run_in_float32(draws, stopped=stopped), stopped)
+
+    @property
+    def exact(self) -> bool:
+        """See Drawer."""
+        return self.encoding.exact
+
+    def _best(self, codes: Iterator[Made], stopped: Callable[[], bool]) -> Iterator[Made]:
+        races: dict[tuple[int, int], _Race] = {}
+        decoded = functools.partial(self.decoding.run, stopped=stopped)
+        for code, image in chained(codes, self.again, decoded):
+            place = (code.prepared.source.offset, code.variant)
+            race = races.setdefault(place, _Race())
+            race.enter(code, self.worth(image))
+            if race.entered == self.trials and race.best is not None:
+                yield races.pop(place).best or race.best
+
+
+@dataclass(kw_only=True)
+class _Race:
+    """The trials of one variant so far, whatever their order."""
+
+    entered: int = 0
+    best: Made | None = None
+    _at: Worth = field(default=())
+
+    def enter(self, made: Made, worth: Worth) -> None:
+        # Of equals the first one drawn, whichever came first.
+        at = (*(number if number == number else float("-inf") for number in worth), -made.trial)
+        self.entered += 1
+        if self.best is None or at > self._at:
+            self.best, self._at = made, at
+
+
+def chained(
+    first: Iterator[Made], again: Again, second: Callable[[Iterable[Draw]], Iterator[Made]]
+) -> Iterator[tuple[Made, Made]]:
+    """Each output of `first` beside what `second` made of it, in the order in which that is there."""
+    waiting: dict[tuple[int, int, int], Made] = {}
+
+    def draws() -> Generator[Draw]:
+        # Whoever has enough closes this generator, which is to end the first drawer's work too.
+        with contextlib.ExitStack() as closing:
+            if isinstance(first, Generator):
+                closing.callback(first.close)
+            for made in first:
+                waiting[_place(made)] = made
+                yield from again(made)
+
+    for after in second(draws()):
+        yield waiting.pop(_place(after)), after
+
+
+def _place(made: Made) -> tuple[int, int, int]:
+    return made.prepared.source.offset, made.variant, made.trial
