@@ -119,7 +119,7 @@ def probed(monkeypatch: pytest.MonkeyPatch, size: int) -> list[int]:
     """Have the probe find that `size` is best; returns what it tries."""
     tried: list[int] = []
 
-    def throughput(denoiser: object, images: Tensor, count: int) -> float:
+    def throughput(denoiser: object, images: Tensor, count: int, recipe: object) -> float:
         tried.append(count)
         return float(min(count, size))
 
@@ -161,7 +161,7 @@ def test_the_real_probe_finds_a_size_that_runs(tmp_path: Path, tiny_model: Path)
 def test_the_probe_looks_at_the_largest_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     shapes: list[torch.Size] = []
     monkeypatch.setattr(
-        loading, "_throughput", lambda denoiser, images, count: shapes.append(images.shape) or 1.0
+        loading, "_throughput", lambda denoiser, images, *more: shapes.append(images.shape) or 1.0
     )
     stand_ins.install(monkeypatch, Pixelwise())
     manifest = worlds.save_shards(tmp_path / "few", shards=1, samples=1)

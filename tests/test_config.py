@@ -24,6 +24,8 @@ AUGMENT = {
     "t": {"fraction": 0.4},
     "steps": 20,
 }
+AWAY = {"source": "efficientnet-lite0", "away_from": "source", "scale": 0.1}
+TOWARD = {"source": "entry-point:net", "toward": {"field": "to.cls"}, "scale": 0.2}
 ANONYMIZE = {key: value for key, value in AUGMENT.items() if key != "seed"} | {"purpose": "anonymize"}
 
 
@@ -553,6 +555,7 @@ def test_run_options_never_enter_the_digest():
         {"model": {"source": "shipped:demo/model", "prompts": {"text": "a"}}},
         {"model": {"source": "shipped:demo/model", "autoencoder": {"float32": True}}},
         {"sampler": {"variance": "learned"}},
+        {"energy": AWAY},
     ],
 )
 def test_whatever_determines_the_output_enters_the_digest(change):
@@ -561,8 +564,8 @@ def test_whatever_determines_the_output_enters_the_digest(change):
 
 def test_every_recipe_field_is_in_the_canonical_form_or_known_to_be_left_out():
     named = set(Recipe.model_fields) - {"name", "description", "run"}
-    assert set(parse(AUGMENT).canonical()) == named - {"target"}
-    coded = AUGMENT | {"method": "edit-friendly", "target": {"label": 1}, "variants": 1}
+    assert set(parse(AUGMENT).canonical()) == named - {"target", "energy"}
+    coded = AUGMENT | {"method": "edit-friendly", "target": {"label": 1}, "variants": 1, "energy": AWAY}
     assert set(parse(coded).canonical()) == named
 
 
@@ -574,6 +577,8 @@ def test_the_canonical_form_parses_back_to_itself():
         AUGMENT | {"grid": [0, 5, 9], "t": {"snr": 0.7}},
         AUGMENT | {"variants": 2, "t": [{"snr": {"uniform": [1, 2]}}, {"timestep": {"field": "t"}}]},
         AUGMENT | {"method": "dpm-encoder", "target": {"field": "to.cls"}},
+        AUGMENT | {"energy": AWAY},
+        AUGMENT | {"energy": TOWARD | {"options": {"a": 1}, "range": [0.1, 0.4]}},
         AUGMENT | {"model": plugin, "images": {"sizes": [[64, 32], [32, 64]]}, "upscale": {"factor": 2}},
     ):
         recipe = parse(data)

@@ -213,7 +213,7 @@ EXAMPLES = [
     pytest.param(page, number, block, id=f"{page.name}-{number}")
     for page in (
         ROOT / "README.md",
-        *(ROOT / "docs" / name for name in ("recipes.md", "models.md", "denoisers.md")),
+        *(ROOT / "docs" / name for name in ("recipes.md", "models.md", "denoisers.md", "energies.md")),
     )
     for number, block in enumerate(re.findall(r"^```yaml\n(.*?)^```", page.read_text(), re.M | re.S))
 ]

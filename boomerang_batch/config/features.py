@@ -134,6 +134,31 @@ _FEATURES: Mapping[str, Feature] = {
         ),
         _OF_CODES,
     ),
+    # Led to a class a step is a function of x_t, weights and class, so it tells no more of the source than x_t
+    # does. Led away from the source it looks at the source itself, at every step.
+    "energy.toward.label": Feature(
+        says="works on what was made of x_t: post-processing, which tells nothing more of the source",
+        note=lambda recipe: (
+            "The installed energy is trusted: it must look at the images that it is given alone."
+            if recipe.energy is not None and recipe.energy.source.startswith(ENTRY_POINT)
+            else None
+        ),
+    ),
+    "energy.toward.field": Feature(
+        says="is used for each record, so the bound holds among records of one class to be led to",
+        within=lambda recipe: (
+            [f"the label in {toward.field}"]
+            if recipe.energy and (toward := recipe.energy.toward) and toward.field is not None
+            else []
+        ),
+    ),
+    "energy.away_from": Feature(
+        says="looks at the source at every step, to lead away from it: no certified bound",
+        reason=_if(
+            lambda recipe: recipe.energy is not None and recipe.energy.away_from is not None,
+            "the energy looks at the source again after noising it, at every step, to lead away from it",
+        ),
+    ),
     # What the mechanism is.
     **dict.fromkeys(
         (f"t.{unit}" for unit in _UNITS),
@@ -188,6 +213,10 @@ _FEATURES: Mapping[str, Feature] = {
         ),
     ),
     **_fixed_before(
+        "energy.source",
+        "energy.options",
+        "energy.scale",
+        "energy.range",
         "model.options",
         "model.revision",
         "model.subfolder",

@@ -33,6 +33,7 @@ from boomerang_batch.config.blocks import (
     Tiles,
     Upscale,
 )
+from boomerang_batch.config.energy import EnergySpec, Toward
 from boomerang_batch.config.forms import Block, FromField, Spread, T, matching, one_or_list
 from boomerang_batch.config.messages import explain
 from boomerang_batch.config.targets import Target
@@ -68,6 +69,7 @@ class Recipe(Block):
     purpose: Literal["anonymize", "augment", "enhance"]
     method: Literal["boomerang", "dpm-encoder", "edit-friendly"] = "boomerang"
     target: Target | None = Field(None, description="what codes are decoded to; null: to their own image")
+    energy: EnergySpec | None = Field(None, description="what guides each step by a gradient; null: nothing")
     model: ModelSpec
     t: Annotated[
         Annotated[T, Tag("<one>")] | Annotated[tuple[T, ...], Tag("<list>")], Discriminator(one_or_list)
@@ -209,6 +211,12 @@ class Recipe(Block):
         return self.t if isinstance(self.t, tuple) else (self.t,)
 
     @property
+    def looks_again(self) -> bool:
+        """Whether the way back looks at the source again, and not at x_t alone."""
+        away = self.energy is not None and self.energy.away_from is not None
+        return away or self.method != "boomerang"
+
+    @property
     def outputs(self) -> int:
         """Outputs made of one sample: variants, times passes where each pass is an output."""
         return self.variants * (self.passes.count if self.passes.outputs == "all" else 1)
@@ -236,9 +244,10 @@ class Recipe(Block):
         full = self.model_dump(mode="json", exclude={"run", "description", "name"})
         levels = [level.model_dump(mode="json", exclude_unset=True) for level in self.levels]
         full["t"] = levels if isinstance(self.t, tuple) else levels[0]
-        if self.target is None:
-            del full["target"]  # which format version 1 has not always had, and runs are known by their digest
-        else:
+        for name in ("target", "energy"):
+            if full[name] is None:
+                del full[name]  # which format version 1 has not always had, and runs are known by their digest
+        if self.target is not None:
             full["target"] = self.target.canonical()
         for place in (full, full.get("target", {})):
             if "model" in place:
@@ -321,6 +330,7 @@ __all__ = [
     "T",
     "Target",
     "Tiles",
+    "Toward",
     "Upscale",
     "parse_recipe",
 ]

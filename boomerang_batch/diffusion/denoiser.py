@@ -17,9 +17,23 @@ from boomerang_batch.diffusion.schedule import NoiseLevels
 
 Prediction = Literal["epsilon", "sample", "v_prediction", "flow", "score"]
 
-Condition = int | str | None
-"""What one sample is drawn under: a class label, a prompt, or nothing. To a text model nothing means the prompt
-that the recipe has for all."""
+
+Told = int | str | None
+"""What a model is told of one sample: a class label, a prompt, or nothing. To a text model nothing means the
+prompt that the recipe has for all."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Guided:
+    """What a sample is drawn under that an energy guides: what the model is told, and what the energy is."""
+
+    condition: Told
+    about: int | Tensor
+    """The class that it is led towards; or the image (C, H, W) in the value range that it is led away from."""
+
+
+Condition = Told | Guided
+"""What one sample is drawn under. No model meets `Guided`: it is for the denoisers of `energy`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +67,8 @@ class DenoiserSpec:
     conditioning: Literal["none", "label", "prompt"] = "none"
     classes: int | None
     """Rows of the class embedding, the null label included; None: not conditioned on classes."""
+    guided_classes: int | None = None
+    """Classes that an energy can lead samples towards; None: no energy does."""
     safety: bool = False
     """Whether a safety checker was loaded with the model."""
     digest: str

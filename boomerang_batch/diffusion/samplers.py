@@ -129,7 +129,7 @@ def build_solver(
             torch.where(noisy, value, torch.ones_like(value)).log() for value in (posterior, forward)
         )
         noise = noisy.double()
-    from_x, from_output = _readings(prediction, alpha, sigma)
+    from_x, from_output = readings(prediction, alpha, sigma)
     columns = {
         Column.ALPHA: alpha,
         Column.SIGMA: safe,
@@ -147,17 +147,17 @@ def build_solver(
     return Solver(table=table, order=order, learned=variance == "learned")
 
 
-def _readings(prediction: Prediction, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """What x0h is made of: the weights of x_t and of the network's output."""
+def readings(prediction: Prediction, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """What x0h is made of at nodes alpha, sigma (n,): the weights (n,) of x_t and of the network's output."""
     one = torch.ones_like(alpha)
-    readings = {
+    weights = {
         "epsilon": (1 / alpha, -sigma / alpha),
         "sample": (0 * one, one),
         "v_prediction": (alpha, -sigma),
         "flow": (one, -sigma),
         "score": (1 / alpha, sigma**2 / alpha),  # output = -eps / sigma
     }
-    return readings[prediction]
+    return weights[prediction]
 
 
 def _lead(schedule: Schedule) -> Tensor:

@@ -273,6 +273,28 @@ def _tau_at(levels: NoiseLevels, ratio: float) -> float:
     return float(torch.lerp(levels.tau[low], levels.tau[high], weight))
 
 
+def level_at_tau(levels: NoiseLevels, tau: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(alpha, sigma, fraction of the chain) where a network is told tau; all (B,), float64.
+
+    The other way round from what a node between two levels is given for its tau; beyond the chain, its end.
+    """
+    order = levels.tau.argsort()
+    known = levels.tau[order]
+    high = torch.searchsorted(known, tau.double().contiguous()).clamp(1, len(levels) - 1)
+    weight = ((tau - known[high - 1]) / (known[high] - known[high - 1])).clamp(0, 1)
+    low, high = order[high - 1], order[high]
+    marks = levels.sigma if levels.kind == "flow" else levels.relative_sigma.log()
+    between = torch.lerp(marks[low], marks[high], weight)
+    ratio = between / (1 - between) if levels.kind == "flow" else between.exp()
+    pairs = torch.tensor([_level_at(levels.kind, one) for one in ratio.tolist()], dtype=torch.float64)
+    # At a level of the chain itself exactly that one, pure noise included.
+    nearest = torch.where(weight < 0.5, low, high)
+    exact = (weight == 0) | (weight == 1)
+    alpha = torch.where(exact, levels.alpha[nearest], pairs[:, 0])
+    sigma = torch.where(exact, levels.sigma[nearest], pairs[:, 1])
+    return alpha, sigma, (torch.lerp(low.double(), high.double(), weight) + 1) / len(levels)
+
+
 def _nodes(kind: Kind, rows: Tensor) -> Schedule:
     """The clean node and those of `rows` (3, n) above it."""
     clean = torch.tensor([[1.0], [0.0], [0.0]], dtype=torch.float64)

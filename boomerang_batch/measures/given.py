@@ -20,17 +20,19 @@ BATCH = 32
 """Images that one gets at a time: what it needs then doesn't grow with the number of images."""
 
 
-def introduced(made: Any, kind: str, *, method: str, entry: EntryPoint | None) -> tuple[str, str, str]:
-    """Name, digest and licence of an embedder or a classifier.
+def introduced(
+    made: Any, kind: str, *, method: str, entry: EntryPoint | None, page: str = "docs/embedders.md"
+) -> tuple[str, str, str]:
+    """Name, digest and licence of an embedder or a classifier; `page` says what it must be.
 
     One that was installed goes by the name of its entry point, and what made it is in its digest. Raises
     ConfigError where `made` lacks one of these, or the method.
     """
-    name, digest, licence = (_said(made, kind, what) for what in ("name", "digest", "licence"))
+    name, digest, licence = (_said(made, kind, what, page) for what in ("name", "digest", "licence"))
     if re.fullmatch("[0-9a-f]{64}", digest) is None:
         raise ConfigError(f"{kind} {name}: its digest {digest!r} is no SHA-256 (64 hex digits) of its weights")
     if not callable(getattr(made, method, None)):
-        raise ConfigError(f"{kind} {name}: it has no method {method}; see docs/embedders.md")
+        raise ConfigError(f"{kind} {name}: it has no method {method}; see {page}")
     return (name, digest, licence) if entry is None else (entry.name, installed.digest(entry, digest), licence)
 
 
@@ -43,8 +45,8 @@ def answers(call: Callable[[Images], Any], images: Images, *, who: str) -> Itera
         yield installed.attempt(functools.partial(call, batch), failure, error=MeasureError), len(batch)
 
 
-def _said(made: Any, kind: str, what: str) -> str:
+def _said(made: Any, kind: str, what: str, page: str) -> str:
     value = getattr(made, what, None)
     if not isinstance(value, str) or not value:
-        raise ConfigError(f"{kind} {made!r}: its {what} is {value!r}; it must be a text, see docs/embedders.md")
+        raise ConfigError(f"{kind} {made!r}: its {what} is {value!r}; it must be a text, see {page}")
     return value

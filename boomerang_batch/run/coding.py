@@ -24,7 +24,7 @@ from boomerang_batch.data.provenance import Marker
 from boomerang_batch.data.scan import Measured
 from boomerang_batch.data.shards import Sample, check_name, read_samples
 from boomerang_batch.diffusion.codes import Code
-from boomerang_batch.diffusion.denoiser import Condition, DenoiserSpec
+from boomerang_batch.diffusion.denoiser import DenoiserSpec, Told
 from boomerang_batch.diffusion.engine import Draw, Walk
 from boomerang_batch.diffusion.noise import derived_key
 from boomerang_batch.errors import ConfigError, PrivateDirError, SampleError, StorageError
@@ -124,7 +124,7 @@ class _Coded(Transform):
                 tag = dataclasses.replace(draw.tag, trial=trial)
                 yield dataclasses.replace(draw, tag=tag, code=codes[draw.tag.index])
 
-    def _target(self, sample: Sample, source: Condition) -> Condition:
+    def _target(self, sample: Sample, source: Told) -> Told:
         """What the sample is to become; what it is, where the recipe has no target."""
         target, model = self._recipe.target, self._decoder.model
         if target is None:
@@ -164,7 +164,9 @@ class Encoding(_Coded):
                 # The first trial is what there would be without others.
                 key = derived_key(draw.noise_key, f"trial {trial}") if trial else draw.noise_key
                 tag, path = dataclasses.replace(draw.tag, trial=trial), cast("Any", self._recipe.method)
-                yield dataclasses.replace(draw, tag=tag, noise_key=key, path=path)
+                # An energy leads to what the code is decoded to, away from what it was found under.
+                found = prepared.condition
+                yield dataclasses.replace(draw, tag=tag, noise_key=key, path=path, condition=found)
 
     def finish(self, made: Made, *, seen: Seen) -> Output:
         """Check and encode the codes of one variant. Raises SampleError."""

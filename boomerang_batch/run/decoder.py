@@ -17,6 +17,7 @@ import torch
 from boomerang_batch.config.pipeline import ModelSpec, Recipe, Sampler
 from boomerang_batch.config.targets import Refine
 from boomerang_batch.diffusion.denoiser import Denoiser, DenoiserSpec
+from boomerang_batch.diffusion.energy import EnergyGuided
 from boomerang_batch.diffusion.engine import Engine
 from boomerang_batch.diffusion.threads import run_apart, use_threads
 from boomerang_batch.errors import ConfigError
@@ -24,7 +25,7 @@ from boomerang_batch.measures.classifiers import CheckedClassifier
 from boomerang_batch.measures.classifiers import load as load_classifier
 from boomerang_batch.models import load_denoiser, with_guidance
 from boomerang_batch.run.canvas import check_fit
-from boomerang_batch.run.loading import probes, try_out
+from boomerang_batch.run.loading import guided, probes, try_out
 from boomerang_batch.run.walks import Walks
 
 _EQUAL = 1e-6
@@ -82,7 +83,8 @@ def _refining(recipe: Recipe, refine: Refine, model: DenoiserSpec) -> Walks:
 
 
 def _load(recipe: Recipe, asked: ModelSpec, encoding: Engine, *, device: str, threads: int) -> Engine:
-    source = encoding.denoiser
+    led = encoding.denoiser
+    source = led.model if isinstance(led, EnergyGuided) else led
     if recipe.target is None or recipe.target.model is None:
         denoiser = with_guidance(source, _weight(asked))
     else:
@@ -93,6 +95,8 @@ def _load(recipe: Recipe, asked: ModelSpec, encoding: Engine, *, device: str, th
     samples = probes(recipe, denoiser.spec, encoding.device)
     if denoiser.spec.latent:
         _check_states(denoiser, source, samples)
+    if isinstance(led, EnergyGuided) and recipe.energy is not None:
+        denoiser = guided(denoiser, led.energy, recipe, recipe.energy)
     try_out(denoiser, asked, recipe, samples, encoding.batch_size)
     return encoding.with_denoiser(denoiser, encode_batch=asked.autoencoder.batch_size)
 

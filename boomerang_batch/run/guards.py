@@ -28,17 +28,17 @@ ValueRange = tuple[float, float]
 """Black and white, as a model has them. An image keeps nothing that is beyond them."""
 
 
-def check_output(x_0: Tensor, source: Tensor, *, value_range: ValueRange) -> None:
-    """Raise SampleError if `x_0` (C, H, W) can't be an image made from `source` of the same shape.
+def check_output(x_0: Tensor, source: Tensor, *, value_range: ValueRange, who: str = "the model") -> None:
+    """Raise SampleError if `x_0` (C, H, W) can't be an image that `who` made from `source` of the same shape.
 
     Half-precision networks overflow to NaN, which an encoder would turn into a black image; a collapsed one
     gives a single colour. Both have passed for success in other tools.
     """
     contrast = _contrast(x_0, value_range)
     if not math.isfinite(contrast):
-        raise SampleError("non-finite-output", "the model returned NaN or infinity; try dtype float32")
+        raise SampleError("non-finite-output", f"{who} returned NaN or infinity; try dtype float32")
     if contrast < _FLAT and _contrast(source, value_range) >= _PLAIN:
-        raise SampleError("flat-output", "the model returned a single colour for an image that has several")
+        raise SampleError("flat-output", f"{who} returned a single colour for an image that has several")
 
 
 def check_changed(x_0: Tensor, source: Tensor, *, value_range: ValueRange) -> None:

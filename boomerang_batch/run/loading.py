@@ -7,26 +7,30 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from boomerang_batch.config.energy import EnergySpec
 from boomerang_batch.config.pipeline import ModelSpec, Recipe
 from boomerang_batch.data.images import Pixels, to_model_values
 from boomerang_batch.diffusion.batch_size import find_batch_size, is_out_of_memory, largest_that_fits
-from boomerang_batch.diffusion.denoiser import Condition, Denoiser, DenoiserSpec
+from boomerang_batch.diffusion.denoiser import Condition, Denoiser, DenoiserSpec, Guided, Told
+from boomerang_batch.diffusion.energy import Energy, EnergyGuided, within
 from boomerang_batch.diffusion.engine import Engine
 from boomerang_batch.diffusion.parity import check_autoencoder, check_batching, synthetic_images
-from boomerang_batch.diffusion.schedule import NoiseLevels
+from boomerang_batch.diffusion.schedule import NoiseLevels, level_at_tau
 from boomerang_batch.diffusion.threads import run_apart, use_threads
 from boomerang_batch.diffusion.transfer import to_device
-from boomerang_batch.errors import ModelError
+from boomerang_batch.errors import ConfigError, ModelError
+from boomerang_batch.installed import attempt
+from boomerang_batch.measures.energies import load as load_energy
 from boomerang_batch.models import load_denoiser
 from boomerang_batch.models.device import DTYPES, choose_device
 from boomerang_batch.run.canvas import check_fit
 from boomerang_batch.run.stack import fingerprint
-from boomerang_batch.run.walks import Walks
+from boomerang_batch.run.walks import Walks, clip_range, examples
 
 _LARGEST_AUTO = 512
 _PROBES = 4
@@ -47,15 +51,18 @@ def load(recipe: Recipe, *, device: str, threads: int, batch_size: int | None = 
 
 
 def _load(recipe: Recipe, *, device: str, threads: int, batch_size: int | None) -> tuple[Engine, Walks]:
-    denoiser = load_denoiser(recipe.model, device=device, threads=threads)
-    use_threads(threads)  # an installed factory may have changed it
+    model = load_denoiser(recipe.model, device=device, threads=threads)
     chosen = choose_device(device, dtype=recipe.model.dtype)
-    check_fit(recipe, denoiser.spec)
+    check_fit(recipe, model.spec)
+    denoiser = model
+    if recipe.energy is not None:
+        denoiser = guided(model, load_energy(recipe.energy, device=chosen), recipe, recipe.energy)
+    use_threads(threads)  # an installed factory may have changed it
     walks = Walks(recipe, denoiser.spec)
     size = recipe.batch_size if recipe.batch_size != "auto" else batch_size
     samples = probes(recipe, denoiser.spec, chosen)
     if size is None:
-        size = find_batch_size(lambda count: _throughput(denoiser, samples[0], count), _LARGEST_AUTO)
+        size = find_batch_size(lambda count: _throughput(denoiser, samples[0], count, recipe), _LARGEST_AUTO)
     try_out(denoiser, recipe.model, recipe, samples, size)
     engine = Engine(
         denoiser,
@@ -88,12 +95,38 @@ def _flagged(engine: Engine, pixels: Pixels) -> bool:
 
 def warnings(recipe: Recipe, model: DenoiserSpec) -> tuple[str, ...]:
     """What is allowed, but rarely what the user wants, of this recipe on this model; a sentence each."""
+    return tuple(_warnings(recipe, model))
+
+
+def _warnings(recipe: Recipe, model: DenoiserSpec) -> Iterator[str]:
     if recipe.upscale is not None and model.latent:
-        return (
+        yield (
             "upscale with a latent model: the Boomerang paper (arXiv 2210.12100) saw super-resolution fail "
-            "with one, for its autoencoder keeps no fine detail; take a pixel model",
+            "with one, for its autoencoder keeps no fine detail; take a pixel model"
         )
-    return ()
+    if recipe.energy is not None:
+        low, high = recipe.energy.range
+        levels = model.levels_at(model.height, model.width)
+        for t, walk in examples(recipe, model):
+            fractions = level_at_tau(levels, walk.schedule.tau[1:])[2]
+            if not within(fractions, recipe.energy.range).any():
+                yield f"energy.range {low:g}..{high:g}: no step of t {t} lies in it, so nothing is led there"
+
+
+def guided(model: Denoiser, energy: Energy, recipe: Recipe, asked: EnergySpec) -> EnergyGuided:
+    """The model, led by an energy as it is `asked` for. Raises ConfigError where it can't be."""
+    if model.spec.latent:
+        raise ConfigError(
+            "energy: this model works on an autoencoder's latents, and an energy sees images; take a model of "
+            "pixels, or remove energy"
+        )
+    return EnergyGuided(
+        model,
+        energy,
+        scale=asked.scale,
+        within=asked.range,
+        clip_range=clip_range(recipe, model.spec),
+    )
 
 
 def probes(recipe: Recipe, model: DenoiserSpec, device: torch.device) -> list[Tensor]:
@@ -117,18 +150,45 @@ def _image_sizes(recipe: Recipe, model: DenoiserSpec) -> list[tuple[int, int]]:
 def try_out(denoiser: Denoiser, asked: ModelSpec, recipe: Recipe, samples: Sequence[Tensor], size: int) -> None:
     """The checks of `parity` for every size of image, on what was `asked` for and its batches of `size`.
 
-    Raises ModelError also where memory runs out.
+    Where an energy leads, on the model alone and then on what the energy makes of it. Raises ModelError also
+    where memory runs out.
     """
+    energy = recipe.energy
+    if energy is None or not isinstance(denoiser, EnergyGuided):
+        return _try_out(denoiser, asked, recipe, samples, size)
+    _try_out(denoiser.model, asked, recipe, samples, size)
+
+    def check() -> None:
+        _try_out(denoiser, asked, recipe, samples, size, energy)
+        for images in samples:
+            conditions = _conditions(denoiser.spec, asked, images, energy)
+            if not denoiser.gradient(images.flip(0), conditions).isfinite().all():
+                raise ModelError("it gives NaN or infinity, or a gradient of these")
+
+    try:
+        attempt(check, "it failed on images of noise", error=ModelError)
+    except ModelError as error:
+        raise ModelError(f"energy.source {energy.source}: {error}") from error
+
+
+def _try_out(
+    denoiser: Denoiser,
+    asked: ModelSpec,
+    recipe: Recipe,
+    samples: Sequence[Tensor],
+    size: int,
+    energy: EnergySpec | None = None,
+) -> None:
+    """With an energy, of guided samples where it leads."""
     dtype = DTYPES[asked.dtype]
 
     def check(count: int) -> None:
         for images in samples:
-            taus = _taus(denoiser.spec.levels_at(*images.shape[2:]))
             check_batching(
                 denoiser,
                 images,
-                _conditions(denoiser, asked),
-                taus,
+                _conditions(denoiser.spec, asked, images, energy),
+                _taus(denoiser.spec.levels_at(*images.shape[2:]), energy),
                 count,
                 dtype=dtype,
                 compiled=asked.compile,
@@ -152,9 +212,21 @@ def try_out(denoiser: Denoiser, asked: ModelSpec, recipe: Recipe, samples: Seque
     raise ModelError(f"memory runs out with batch_size: {size}; {advice}")
 
 
-def _conditions(denoiser: Denoiser, asked: ModelSpec) -> list[Condition]:
+def _conditions(
+    spec: DenoiserSpec, asked: ModelSpec, images: Tensor, energy: EnergySpec | None
+) -> list[Condition]:
+    """What the samples of a trial are drawn under; with an energy, each led somewhere of its own."""
+    told = _told(spec, asked)
+    if energy is None:
+        return [*told]
+    classes = spec.guided_classes
+    about = [*images] if classes is None else [index % classes for index in range(len(told))]
+    return [Guided(condition=one, about=about) for one, about in zip(told, about, strict=True)]
+
+
+def _told(spec: DenoiserSpec, asked: ModelSpec) -> list[Told]:
     """Different labels or prompts where samples have their own; else nothing: the one prompt for all."""
-    spec, prompts = denoiser.spec, asked.prompts
+    prompts = asked.prompts
     if spec.conditioning == "label":
         return [index % (spec.classes or 1) for index in range(_PROBES)]
     if spec.conditioning == "prompt" and prompts is not None and prompts.field is not None:
@@ -162,18 +234,25 @@ def _conditions(denoiser: Denoiser, asked: ModelSpec) -> list[Condition]:
     return [None] * _PROBES
 
 
-def _taus(levels: NoiseLevels) -> list[float]:
-    """From all over a model's chain."""
-    count = len(levels.tau)
-    return [float(levels.tau[(2 * index + 1) * count // (2 * _PROBES)]) for index in range(_PROBES)]
+def _taus(levels: NoiseLevels, energy: EnergySpec | None) -> list[float]:
+    """From all over a model's chain; with an energy, from where that leads. Raises ConfigError if nowhere."""
+    low, high = (0.0, 1.0) if energy is None else energy.range
+    count = len(levels)
+    inside = [tau for j, tau in enumerate(levels.tau.tolist(), 1) if low <= j / count <= high]
+    if not inside:
+        raise ConfigError(
+            f"energy.range {low:g}..{high:g} lies between two of the {count} levels of this model's chain, so "
+            "nothing would be led; widen it"
+        )
+    return [inside[(2 * index + 1) * len(inside) // (2 * _PROBES)] for index in range(_PROBES)]
 
 
-def _throughput(denoiser: Denoiser, images: Tensor, count: int) -> float:
+def _throughput(denoiser: Denoiser, images: Tensor, count: int, recipe: Recipe) -> float:
     """Samples like `images` per second in batches of `count`, the better of two after one to warm up."""
     with torch.inference_mode():
         states = denoiser.encode(images[:1]).expand(count, -1, -1, -1)
-        tau = torch.full((count,), _taus(denoiser.spec.levels)[0], dtype=torch.float64)
-        conditions: list[Condition] = [0 if denoiser.spec.conditioning == "label" else None] * count
+        tau = torch.full((count,), _taus(denoiser.spec.levels, recipe.energy)[0], dtype=torch.float64)
+        conditions = _conditions(denoiser.spec, recipe.model, images, recipe.energy)[:1] * count
         seconds = []
         for _ in range(3):
             started = time.perf_counter()

@@ -146,7 +146,8 @@ def _differences(there: RunRecord, wanted: RunRecord, *, accept_stack: bool) -> 
     if wanted.recipe_digest != there.recipe_digest:
         yield "recipe " + ", ".join(_diff(there.recipe, wanted.recipe))
     if wanted.model_digest != there.model_digest:
-        yield f"model weights or settings ({there.model_digest[:12]} there, {wanted.model_digest[:12]} now)"
+        whose = "model weights or settings" + (", or the energy's" if "energy" in wanted.recipe else "")
+        yield f"{whose} ({there.model_digest[:12]} there, {wanted.model_digest[:12]} now)"
     if wanted.noise_key_id != there.noise_key_id:
         yield f"secret or seed ({there.noise_key_id} there, {wanted.noise_key_id} now)"
     if not accept_stack and wanted.stack not in (there.stack, *there.accepted_stacks):

@@ -9,7 +9,8 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from boomerang_batch import storage
-from boomerang_batch.config.pipeline import Recipe
+from boomerang_batch.config.energy import EnergySpec
+from boomerang_batch.config.pipeline import ModelSpec, Recipe
 from boomerang_batch.data.manifest import Manifest
 from boomerang_batch.errors import ManifestError, PrivateDirError, RecipeError
 from boomerang_batch.run.log_lines import Format
@@ -72,8 +73,10 @@ def paths_told(recipe: Recipe) -> Iterator[str]:
 
 
 def _texts_told(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
-    """(place, name, value) of every option for an installed model that is a text."""
-    models = {"model": recipe.model}
+    """(place, name, value) of every option for an installed model or energy that is a text."""
+    models: dict[str, ModelSpec | EnergySpec] = {"model": recipe.model}
+    if recipe.energy is not None:
+        models["energy"] = recipe.energy
     if recipe.target is not None and recipe.target.model is not None:
         models["target.model"] = recipe.target.model
     for place, model in models.items():

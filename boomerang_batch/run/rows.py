@@ -63,7 +63,7 @@ class Rows:
             node=schedule.n,
             tau=walk.tau[-1],
             # Noise over the source limits what an output tells only where the source is not looked at again.
-            sigma=schedule.relative_sigma if self._recipe.method == "boomerang" else None,
+            sigma=None if self._recipe.looks_again else schedule.relative_sigma,
             evaluations=schedule.n * passes,
         )
 

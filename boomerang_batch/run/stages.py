@@ -6,13 +6,14 @@ import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
 from boomerang_batch.data.images import Picture
 from boomerang_batch.data.provenance import Row
 from boomerang_batch.diffusion.codes import Code
-from boomerang_batch.diffusion.denoiser import Condition
+from boomerang_batch.diffusion.denoiser import Told
 from boomerang_batch.run.canvas import Canvas
 from boomerang_batch.run.ledger import Source
 from boomerang_batch.run.walks import Resolved
@@ -31,7 +32,9 @@ class Prepared:
     walks: tuple[Resolved, ...]
     """One per variant."""
     noise_keys: tuple[bytes, ...]
-    condition: Condition
+    condition: Told
+    toward: int | None
+    """The class that an energy is to lead it to; None where none is."""
     shows: frozenset[str]
     """Fields whose values rows may tell: all, but under anonymize only those that travel as they are."""
     travelling: Mapping[str, bytes]
@@ -41,7 +44,10 @@ class Prepared:
     @functools.cached_property
     def fingerprint(self) -> bytes:
         """Of all that outputs depend on beside recipe and model: whether two readings gave the same sample."""
-        facts = (self.shard, self.source.key, self.condition, [resolved.t for resolved in self.walks])
+        facts: tuple[Any, ...] = (self.shard, self.source.key, self.condition)
+        facts += ([resolved.t for resolved in self.walks],)
+        if self.toward is not None:  # only then, lest codes and journals of runs without an energy be unknown
+            facts += (self.toward,)
         mask = self.canvas.mask
         parts = [repr((facts, *self.travelling)).encode(), self.image, *self.travelling.values()]
         digest = hashlib.blake2b(digest_size=16)

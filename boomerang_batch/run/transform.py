@@ -11,12 +11,14 @@ import json
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from torch import Tensor
+
 from boomerang_batch.config.pipeline import ModelSpec, Recipe
 from boomerang_batch.data import fields, images
 from boomerang_batch.data.formats import output_field
 from boomerang_batch.data.provenance import Row, Status
 from boomerang_batch.data.shards import Sample, Unreadable, check_name
-from boomerang_batch.diffusion.denoiser import Condition, DenoiserSpec
+from boomerang_batch.diffusion.denoiser import Condition, DenoiserSpec, Guided, Told
 from boomerang_batch.diffusion.engine import Draw
 from boomerang_batch.errors import SampleError
 from boomerang_batch.run.canvas import Layout
@@ -55,6 +57,7 @@ class Transform:
         self._walks = walks
         self._naming = naming
         self._flags = flags
+        self._who = "the model" + ("" if recipe.energy is None else f", led by {recipe.energy.source},")
         self._made_by = json.dumps([recipe.digest, model.digest, dict(stack)], sort_keys=True).encode()
         self._rows = Rows(recipe, naming, model_digest=model.digest, versions=short_versions(stack))
 
@@ -89,6 +92,7 @@ class Transform:
             ),
             noise_keys=noise_keys,
             condition=told(sample, recipe.model, self._model),
+            toward=self._toward(sample),
             shows=self._shown(sample, travelling),
             # In an order of our own, so that under anonymize not even that comes from the input.
             travelling=dict(sorted(travelling.items())),
@@ -110,6 +114,7 @@ class Transform:
     def draws(self, prepared: Prepared) -> Iterator[Draw]:
         """A draw for each piece of each variant."""
         passes = self._recipe.passes
+        conditions = [self._led(prepared, piece.image) for piece in prepared.canvas.pieces]
         for variant, (resolved, noise_key) in enumerate(zip(prepared.walks, prepared.noise_keys, strict=True)):
             for index, piece in enumerate(prepared.canvas.pieces):
                 yield Draw(
@@ -117,7 +122,7 @@ class Transform:
                     image=piece.image,
                     noise_key=noise_key,
                     walk=resolved.walk,
-                    condition=prepared.condition,
+                    condition=conditions[index],
                     passes=passes.count,
                     emit_all=passes.outputs == "all",
                     window=piece.window,
@@ -140,7 +145,7 @@ class Transform:
         number = self.number(made)
         moved = self._must_change(prepared, made.variant)
         for piece, x_0 in zip(prepared.canvas.pieces, made.pieces, strict=True):
-            check_output(x_0, piece.image, value_range=self._model.value_range)
+            check_output(x_0, piece.image, value_range=self._model.value_range, who=self._who)
             if moved:
                 check_changed(x_0, piece.image, value_range=self._model.value_range)
         digests = tuple(map(seen.digest, made.pieces)) if moved else ()
@@ -266,6 +271,26 @@ class Transform:
         passes = self._recipe.passes
         return number // passes.count if passes.outputs == "all" else number
 
+    def _toward(self, sample: Sample) -> int | None:
+        """The class that an energy leads the sample to, if one does."""
+        energy = self._recipe.energy
+        if energy is None or energy.toward is None:
+            return None
+        if energy.toward.field is None:
+            return energy.toward.label
+        field, count = energy.toward.field, self._model.guided_classes or 0
+        label = fields.read_label(sample, field.lower())  # as the reader gives fields
+        if not 0 <= label < count:
+            detail = f"field {field} holds {label}, and {energy.source} knows {count} classes"
+            raise SampleError("label-out-of-range", detail)
+        return label
+
+    def _led(self, prepared: Prepared, image: Tensor) -> Condition:
+        """What a piece is drawn under; guided where the recipe has an energy."""
+        if self._recipe.energy is None:
+            return prepared.condition
+        return Guided(condition=prepared.condition, about=image if prepared.toward is None else prepared.toward)
+
     def _output(self, prepared: Prepared, number: int, field: str, data: bytes, template: Row) -> Output:
         row = self._rows.filled(
             template,
@@ -300,7 +325,7 @@ class Transform:
         return frozenset(name for name, data in travelling.items() if data == sample.fields.get(name))
 
 
-def told(sample: Sample, asked: ModelSpec, model: DenoiserSpec) -> Condition:
+def told(sample: Sample, asked: ModelSpec, model: DenoiserSpec) -> Told:
     """What a model, as it is `asked` for, is told of a sample: a label, its prompt or everybody's, or nothing.
 
     Raises SampleError where the sample does not say, or no class of this model.

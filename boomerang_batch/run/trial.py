@@ -92,8 +92,8 @@ class Rig:
             )
         if _loaded_by(recipe) != _loaded_by(self._recipe):
             raise ConfigError(
-                "a trial's recipe must agree with the one its model was loaded for in model, batch_size, "
-                "batching, images.sizes and sampler.order; load it anew"
+                "a trial's recipe must agree with the one its model was loaded for in model, energy, "
+                "batch_size, batching, images.sizes and sampler.order; load it anew"
             )
         if (secret is None) == (recipe.purpose == "anonymize"):
             raise PrivateDirError("a trial has a secret when its recipe's purpose is anonymize, and only then")
@@ -203,4 +203,5 @@ def fresh_noise(recipe: Recipe) -> tuple[Recipe, bytes | None]:
 def _loaded_by(recipe: Recipe) -> tuple[Any, ...]:
     """What loading looks at, but for where the model lies: run.json doesn't tell that."""
     model = recipe.model.model_dump(mode="json", exclude={"source", "revision"})
-    return model, recipe.batch_size, recipe.batching, recipe.images.sizes, recipe.sampler.order
+    energy = recipe.energy and (recipe.energy, recipe.sampler.clip)
+    return model, energy, recipe.batch_size, recipe.batching, recipe.images.sizes, recipe.sampler.order

@@ -109,9 +109,6 @@ class Walks:
             raise ConfigError("sampler.variance learned: this model has learned none; take fixed_small")
         if sampler.clip and model.latent:
             raise ConfigError("sampler.clip bounds pixels, and this model's states are latents: remove it")
-        clip_range = model.clip_range
-        if sampler.clip is not None:
-            clip_range = (model.clip_range or max(model.value_range)) if sampler.clip else None
         solver = build_solver(
             schedule,
             prediction=model.prediction,
@@ -119,9 +116,16 @@ class Walks:
             order=sampler.order,
             variance=sampler.variance,
             data_variance=sampler.data_variance,
-            clip_range=clip_range,
+            clip_range=clip_range(recipe, model),
         )
         return Walk(schedule, solver)
+
+
+def clip_range(recipe: Recipe, model: DenoiserSpec) -> float | None:
+    """What |x0h| is clamped to; None: it is not."""
+    if recipe.sampler.clip is None:
+        return model.clip_range
+    return (model.clip_range or max(model.value_range)) if recipe.sampler.clip else None
 
 
 def examples(recipe: Recipe, model: DenoiserSpec) -> Iterator[tuple[str, Walk]]:

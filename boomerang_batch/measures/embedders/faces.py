@@ -91,7 +91,9 @@ def cropped(fit_on: Images) -> Embedder:
 def _load(name: str, *, detects: bool) -> DlibFaces:
     package = package_folder("face_recognition_models")
     if package is None or package_folder("dlib") is None:
-        raise missing_package(name, extra="faces", packages=("dlib-bin", "face-recognition-models"))
+        raise missing_package(
+            f"--embedder {name}", extra="faces", packages=("dlib-bin", "face-recognition-models")
+        )
     # The package is not imported, only looked into: its code needs setuptools of long ago.
     folder = package / "models"
     for file, digest in DIGESTS.items():
