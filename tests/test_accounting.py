@@ -112,6 +112,23 @@ def test_what_has_no_bound_says_why(data, told):
     assert any(told in reason for reason in accounting.reasons)
 
 
+@pytest.mark.parametrize(
+    ("data", "in_picture"),
+    [
+        (PRIVATE, False),
+        (PRIVATE | {"purpose": "augment", "seed": 7, "keep_originals": True}, False),
+        (PRIVATE | {"purpose": "augment", "seed": 7, "images": {"alpha": "keep"}}, True),
+        (PRIVATE | {"purpose": "enhance", "seed": 7, "upscale": {"factor": 2, "consistent": True}}, True),
+        (PRIVATE | {"t": {"sigma": {"field": "a"}}}, True),
+        (PRIVATE | {"images": {"tiles": {"overlap": 8}}}, True),
+    ],
+)
+def test_what_a_picture_alone_shows_beyond_its_noised_source_is_told_from_what_lies_beside_it(data, in_picture):
+    accounting = account(recipe(data=data))
+    assert bool(accounting.in_pictures) == in_picture
+    assert set(accounting.in_pictures) <= set(accounting.reasons)
+
+
 @pytest.mark.parametrize("method", ["dpm-encoder", "edit-friendly", "unseen", "whatever comes"])
 def test_a_method_nobody_has_accounted_for_has_no_bound(method):
     accounting = account(recipe().model_copy(update={"method": method}))

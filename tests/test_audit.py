@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from boomerang_batch.audit import audit as module
-from boomerang_batch.audit import compare, names, readings
+from boomerang_batch.audit import compare, controls, names, readings
 from boomerang_batch.audit.audit import AuditRequest, audit
 from boomerang_batch.audit.calibrate import Calibration, Target, calibrate
 from boomerang_batch.audit.controls import AT_0, AT_T, SECRET_KNOWN
@@ -118,9 +118,42 @@ def test_every_control_is_where_it_belongs(found: Findings):
 
 
 def test_the_noise_lets_through_no_less_than_is_linked(found: Findings):
-    [ceiling] = found.of("rank-1", readings.CEILING)
-    assert all(one.low is not None and one.low <= ceiling.value for one in found.of("rank-1"))
+    for k in (1, 5, 10):
+        ceilings = {one.attacker: one for one in found.of(f"rank-{k}", readings.CEILING)}
+        assert set(ceilings) == {readings.NEAREST, readings.TRAINED, readings.RE_RUN}
+        for one in found.of(f"rank-{k}"):
+            own = ceilings[one.attacker]
+            assert (own.count, own.chance) == (one.count, one.chance)  # among the same candidates
+            assert one.low is not None
+            assert one.low <= own.value
     assert not [warning for warning in found.warnings if "above the noise ceiling" in warning]
+
+
+def test_what_bounds_no_matching_of_all_at_once_is_not_called_a_ceiling(found: Findings):
+    assert not found.of("one-to-one", readings.CEILING)
+    assert [one.attacker for one in found.of("one-to-one", readings.JUMP)] == [
+        one.attacker for one in found.of("rank-1", readings.CEILING)
+    ]
+
+
+def test_the_re_run_attackers_ceiling_is_among_those_that_could_be_drawn(
+    world: tuple[Path, Path, Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    out, manifest, _ = world
+    pairing = Pairing(
+        str(out), require_record(str(out)), load_manifest(str(manifest)), private_dir=f"{out}-private"
+    )
+    records = gather(pairing, samples=SAMPLES, folder=tmp_path)
+
+    def redraw(rig, recipe, pairing, records, places, *, secret):
+        done = np.array(places[3:])
+        return controls.Redrawn(places=done, outputs=records.outputs[done])
+
+    monkeypatch.setattr(controls, "redraw", redraw)
+    pixels = [embedders.load("pixels", fit_on=records.sources)]
+    found, candidates = controls.redrawn(None, pairing, records, range(30), pixels, secret=None)
+    assert candidates.tolist() == [*range(3, 30)]
+    assert {one.count for one in found if one.attacker == readings.RE_RUN and one.measure == "rank-1"} == {27}
 
 
 def test_the_bound_stands_for_the_records_own_noise(found: Findings):
@@ -170,8 +203,12 @@ def test_a_planted_leak_is_told(world: tuple[Path, Path, Recipe], tmp_path: Path
     seen = compare.Seen.by(embedders.load("pixels", fit_on=records.sources), mixed)
     x_0 = (records.sources[..., :1] / 127.5 - 1).reshape(len(records.rows), -1)
     ceiling = noise_ceiling(x_0, np.full(len(records.rows), 6.0), groups=records.groups)
-    told = [*module._above([*compare.links(mixed, seen)], readings.NEAREST, ceiling.rank[1])]
+    measured = [*compare.links(mixed, seen)]
+    told = [*module._above(measured, readings.NEAREST, ceiling.rank[1])]
     assert bool(told) == bool(share), told
+    # Where an embedder missed one, the others are fewer candidates, and this is not their ceiling.
+    missed = [dataclasses.replace(one, count=one.count - 1) for one in measured]
+    assert not [*module._above(missed, readings.NEAREST, ceiling.rank[1])]
 
 
 def test_a_gate_is_judged_by_the_bad_end(found: Findings):

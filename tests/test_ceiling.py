@@ -52,6 +52,20 @@ def apart(measured, ceiling):
     return abs(measured.value - ceiling.value) / math.sqrt(error)
 
 
+def test_who_has_fewer_candidates_has_a_ceiling_of_his_own():
+    """He goes above the one of all, with no more than x_t at hand, and not above his own."""
+    generator = np.random.default_rng(3)
+    sources = generator.normal(size=(1000, 16))
+    noised = sources + 1.5 * generator.normal(size=sources.shape)
+    his = np.arange(1000) < 300
+    reached = linkability(noised[his], sources[his], groups=one_group(300)).rank[1]
+    of_all = noise_ceiling(sources, np.full(1000, 1.5), groups=one_group(1000)).rank[1]
+    of_his = noise_ceiling(sources[his], np.full(300, 1.5), groups=one_group(300)).rank[1]
+    assert exceeds(reached, of_all).exceeds
+    assert not exceeds(reached, of_his).exceeds
+    assert apart(reached, of_his) < 3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sigma", [0.8, 2.0, 6.0])
 @pytest.mark.parametrize("within", [True, False])

@@ -29,7 +29,7 @@ from boomerang_batch.cli import main
 from boomerang_batch.config.accounting import account
 from boomerang_batch.data.provenance import read_rows
 from boomerang_batch.measures.bound import two_candidate_accuracy
-from boomerang_batch.report import chart, failures, privacy, timeline, words
+from boomerang_batch.report import chart, failures, measured, privacy, timeline, words
 from boomerang_batch.report.build import REPORT_NAME, build
 from boomerang_batch.report.facts import read_facts
 from boomerang_batch.report.markup import element, escape, join, raw, shortened
@@ -791,7 +791,7 @@ def audited(world: World, **changes: object) -> Findings:
         for k, v in ((1, share), (5, share + 0.2), (10, share + 0.4))
     ]
     ranks += [
-        Reading(measure=f"rank-{k}", subject="noise ceiling", value=v, count=11)
+        Reading(measure=f"rank-{k}", subject="noise ceiling", attacker="nearest", value=v, count=11)
         for k, v in ((1, 0.6), (5, 0.9), (10, 1.0))
     ]
     kept = [
@@ -828,6 +828,23 @@ def audited(world: World, **changes: object) -> Findings:
 
 def _holds(path: Path, key: str) -> bool:
     return any(row.key == key for row in read_rows(path.with_suffix(".parquet")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "drawn"), [({}, True), ({"attacker": "trained"}, False), ({"attacker": "", "count": 9}, False),
+                           ({"count": 9}, False)],
+)  # fmt: skip
+def test_a_ceiling_is_drawn_beside_none_that_it_does_not_bound(anonymized: World, changes, drawn):
+    """Neither another attacker's, nor one among other candidates than the figures beside it."""
+    findings = audited(anonymized)
+    readings = [
+        dataclasses.replace(one, **changes) if one.subject == "noise ceiling" else one
+        for one in findings.readings
+    ]
+    [linked, *_] = measured.sections(dataclasses.replace(findings, readings=tuple(readings)))
+    [curve] = linked.curves
+    assert ("noise ceiling" in [line.name for line in curve.lines]) is drawn
+    assert any("noise ceiling" in text for text in linked.prose) is drawn
 
 
 @pytest.fixture

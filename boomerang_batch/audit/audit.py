@@ -2,7 +2,7 @@
 
 Outputs are compared with their sources in the features of several embedders, because a single one reports more
 anonymity than there is. Beside every number stand control rows that say what it could be at best and at worst,
-and the noise ceiling: what the forward jump alone, before any network, lets through.
+and the noise ceilings: what the forward jump alone, before any network, lets through to each attacker.
 """
 
 from __future__ import annotations
@@ -93,9 +93,11 @@ def audit(request: AuditRequest) -> Findings:
                 record, recipe, model=request.model, device=request.device, threads=request.threads
             ) as rig:
                 secret = own_secret(recipe, request.private_dir)
-                found += controls.redrawn(rig, pairing, records, places, embedders, secret=secret)
-                space = controls.model_space(rig, pairing, records, places, folder)
-        found += readings.ceiling(space.ceilings[readings.NEAREST]) if space.ceilings else []
+                drawn, candidates = controls.redrawn(rig, pairing, records, places, embedders, secret=secret)
+                found += drawn
+                space = controls.model_space(rig, pairing, records, candidates, folder)
+        for attacker, ceiling in space.ceilings.items():
+            found += readings.ceiling(ceiling, attacker=attacker)
         remembered = given["training"].sources if "training" in given else 0
         noise = promised_noise(noise_of(recipe, records.rows), space.least_noise)
         findings = Findings(
@@ -196,11 +198,14 @@ def _warnings(
 
 
 def _above(found: Sequence[Reading], attacker: str, ceiling: Rate) -> Iterator[str]:
-    """A warning for each embedder in which an attacker did better than x_t allows."""
+    """A warning for each embedder in which an attacker did better than x_t allows.
+
+    Where an embedder found nothing in some, his candidates are fewer than the ceiling's, and it is not his.
+    """
     about = (readings.RANK.format(1), OUTPUTS, attacker, ALL)
     for one in found:
         whole = (one.measure, one.subject, one.attacker, one.stratum) == about
-        if whole and math.isfinite(one.value):
+        if whole and one.count == ceiling.trials and math.isfinite(one.value):
             excess = exceeds(Rate(hits=one.value * one.count, trials=one.count), ceiling)
             if excess.exceeds:
                 yield (

@@ -20,6 +20,7 @@ from boomerang_batch.audit.findings import OUTPUTS, Reading
 from boomerang_batch.audit.pairs import Pairing, chosen_samples
 from boomerang_batch.audit.readings import NEAREST, RE_RUN, TRAINED, linked
 from boomerang_batch.audit.records import Records
+from boomerang_batch.config.accounting import account
 from boomerang_batch.config.pipeline import Recipe
 from boomerang_batch.data import images
 from boomerang_batch.measures.attackers import training_half
@@ -73,7 +74,8 @@ class Space:
     """Whether that is an autoencoder's latents; None where no model was loaded."""
     ceilings: Mapping[str, Ceiling] = field(default_factory=dict)
     """The noise ceiling among the candidates that each attacker has: all, those that the trained one has not
-    learned from, those that the re-run one has drawn."""
+    learned from, those that the re-run one has drawn. Among fewer it is higher: each bounds its own attacker
+    alone."""
     deltas: Mapping[str, float] = field(default_factory=dict)
     """How far candidates are apart, by which distance it is."""
     missing: str = ""
@@ -90,23 +92,30 @@ def redrawn(
     embedders: Sequence[Embedder],
     *,
     secret: bytes | None,
-) -> Iterator[Reading]:
-    """Linkability of the controls at both ends of t, and of the re-run attack with and without the secret."""
+) -> tuple[list[Reading], NDArray[np.int64]]:
+    """Linkability of the controls at both ends of t, and of the re-run attack with and without the secret.
+
+    And (m,) which records he had for candidates who does not know the secret.
+    """
+    found: list[Reading] = []
     recipe = pairing.recipe
     nothing, (anew, other_secret) = at_t(recipe, "fraction", 0), fresh_noise(recipe)
     ends = {AT_0: (nothing, None), AT_T: (at_t(anew, "fraction", 1), other_secret)}
     for subject, (other, key) in ends.items():
         drawn = redraw(rig, other, pairing, records, places, secret=key)
-        yield from _of_sources(drawn, records, embedders, subject=subject)
+        found += _of_sources(drawn, records, embedders, subject=subject)
     attacks = {SECRET_KNOWN: (recipe, secret), OUTPUTS: (anew, other_secret)}
     for subject, (other, key) in attacks.items():
         drawn = redraw(rig, other, pairing, records, places, secret=key)
-        yield from _of_candidates(drawn, records, embedders, subject=subject)
+        found += _of_candidates(drawn, records, embedders, subject=subject)
+    return found, drawn.places  # of the last one, who has no secret
 
 
-def model_space(rig: Rig, pairing: Pairing, records: Records, places: Sequence[int], folder: Path) -> Space:
-    """The noise ceilings and the distances of candidates; `places` are the records that were drawn anew."""
+def model_space(rig: Rig, pairing: Pairing, records: Records, places: NDArray[np.int64], folder: Path) -> Space:
+    """The noise ceilings and the distances of candidates; `places` are those of the re-run attacker."""
     latent = rig.model.latent
+    if more := account(pairing.recipe, latent=latent).in_pictures:
+        return Space(latent=latent, missing=f"no noise ceiling: {'; '.join(more)}")
     if pairing.recipe.region is not None:
         return Space(latent=latent, missing="no noise ceiling: noise lies in each record's region alone")
     sigmas = np.array([row.sigma for row in records.rows], dtype=np.float64)  # None becomes NaN
@@ -118,11 +127,12 @@ def model_space(rig: Rig, pairing: Pairing, records: Records, places: Sequence[i
     among = {
         NEAREST: every,
         TRAINED: np.flatnonzero(~training_half(records.identities)),
-        RE_RUN: np.sort(np.asarray(places)),
+        RE_RUN: np.sort(places),
     }
     ceilings = {
         attacker: noise_ceiling(x_0 if at is every else x_0[at], sigmas[at], groups=records.groups[at])
         for attacker, at in among.items()
+        if len(at)
     }
     least = bounding.least_noise(pairing.recipe, rig.model)
     return Space(latent=latent, ceilings=ceilings, deltas=deltas, least_noise=least)

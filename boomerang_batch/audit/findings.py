@@ -33,7 +33,8 @@ class Reading:
     """What: rank-1, auc, tar@far=0.01, one-to-one, psnr-db, fd, label-agreement and so on."""
     subject: str = OUTPUTS
     """Of what: the outputs, or a control such as `sources`, `unrelated`, `noise ceiling`; `secret known` is
-    what the outputs are to whoever has the run's secret."""
+    what the outputs are to whoever has the run's secret. A ceiling is that of its attacker alone, and of those
+    of his readings that have its count: among other candidates it is another."""
     attacker: str = ""
     """Who links: `nearest`, `trained` or `re-run`."""
     features: str = ""

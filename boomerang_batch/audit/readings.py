@@ -21,6 +21,8 @@ from boomerang_batch.measures.linkability import Linkability
 RANK, ONE_TO_ONE, AUC, TAR = "rank-{}", "one-to-one", "auc", "tar@far={:g}"
 NEAREST, TRAINED, RE_RUN = "nearest", "trained", "re-run"
 CEILING = "noise ceiling"
+JUMP = "forward jump"
+"""The noised sources themselves, matched as outputs are: no bound, but something to set beside."""
 EQUAL_DB = 60.0
 """What the PSNR of an equal pair counts as, which is infinite: less than a level of 255 off everywhere."""
 LABEL_AGREEMENT, FD, KD = "label-agreement", "fd", "kd"
@@ -66,11 +68,12 @@ def linked(
         yield reading("misses", missed, None, missed.trials)
 
 
-def ceiling(found: Ceiling) -> Iterator[Reading]:
-    """What the forward jump alone allows any attack."""
+def ceiling(found: Ceiling, *, attacker: str) -> Iterator[Reading]:
+    """What the forward jump alone allows any attack among the candidates that this attacker has."""
     for k, rate in found.rank.items():
-        yield _rate(RANK.format(k), rate, subject=CEILING, chance=_told(found.chance[k]))
-    yield _rate(ONE_TO_ONE, found.one_to_one, subject=CEILING, chance=_told(found.chance.get(1, math.nan)))
+        yield _rate(RANK.format(k), rate, subject=CEILING, attacker=attacker, chance=_told(found.chance[k]))
+    chance = _told(found.chance.get(1, math.nan))
+    yield _rate(ONE_TO_ONE, found.one_to_one, subject=JUMP, attacker=attacker, chance=chance)
 
 
 def copied(found: Copies, *, features: str, stratum: str = ALL) -> Iterator[Reading]:
@@ -148,6 +151,7 @@ def _rate(
     rate: Rate,
     *,
     subject: str = OUTPUTS,
+    attacker: str = "",
     features: str = "",
     stratum: str = ALL,
     chance: float | None = None,
@@ -155,6 +159,7 @@ def _rate(
     return Reading(
         measure=measure,
         subject=subject,
+        attacker=attacker,
         features=features,
         stratum=stratum,
         value=rate.value,

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from boomerang_batch.audit.findings import ALL, OUTPUTS, Bound, Findings, Reading
 from boomerang_batch.audit.names import COPIES, LINKED, USE, Measure
-from boomerang_batch.audit.readings import CEILING, LABEL_AGREEMENT, RANK
+from boomerang_batch.audit.readings import CEILING, JUMP, LABEL_AGREEMENT, RANK
 
 _WORST_SHOWN = 5
 
@@ -69,7 +69,7 @@ def _table(findings: Findings, measures: Mapping[str, Measure]) -> Iterator[str]
 def _tells(one: Reading) -> bool:
     """Whether a line is worth reading: controls by the first measure alone, and nothing that has to be."""
     further = one.measure in LINKED and one.measure != RANK.format(1)
-    control = one.subject not in (OUTPUTS, CEILING) and further
+    control = one.subject not in (OUTPUTS, CEILING, JUMP) and further
     return not control and (one.chance is None or one.chance < 1)
 
 

@@ -28,6 +28,8 @@ class Accounting:
 
     reasons: tuple[str, ...]
     """Why there is no certified bound, a sentence each; empty where there is one."""
+    in_pictures: tuple[str, ...]
+    """Those of the reasons for which pictures show more than x_t to whoever has them alone, and no seed."""
     within: tuple[str, ...]
     """What is known of each record besides: candidates, galleries and chance are to be taken among records
     that agree in all of it."""
@@ -58,11 +60,12 @@ def account(recipe: Recipe, *, latent: bool | None = None) -> Accounting:
     known = [level for level in levels if level is not None]
     if len(known) < len(levels):
         known = []
-    reasons = (feature.reason(recipe, latent is not False) for feature in features)
+    reasons = [(feature.reason(recipe, latent is not False), feature.in_picture) for feature in features]
     notes = (feature.note(recipe) for feature in features)
     within = (name for feature in features for name in feature.within(recipe))
     return Accounting(
-        reasons=tuple(reason for reason in reasons if reason),
+        reasons=tuple(reason for reason, _ in reasons if reason),
+        in_pictures=tuple(reason for reason, in_picture in reasons if reason and in_picture),
         within=(*KNOWN, *dict.fromkeys(within)),
         notes=(*ALWAYS, *(note for note in notes if note)),
         observations=recipe.variants,

@@ -23,6 +23,8 @@ class Feature:
     """The accounting, for every value the field may have."""
     reason: Callable[[Recipe, bool], str | None] = lambda recipe, latent: None
     """Why this recipe (on a latent model or not) has no certified bound."""
+    in_picture: bool = False
+    """Whether that is because a picture shows more of its source than x_t, to whoever looks at it alone."""
     note: Callable[[Recipe], str | None] = lambda recipe: None
     within: Callable[[Recipe], Iterable[str]] = lambda recipe: ()
 
@@ -125,6 +127,7 @@ _FEATURES: Mapping[str, Feature] = {
             lambda recipe: recipe.method not in _METHODS_WITH_A_BOUND,
             "the method looks at the source again after noising it",
         ),
+        in_picture=True,
     ),
     **dict.fromkeys(
         (
@@ -173,7 +176,9 @@ _FEATURES: Mapping[str, Feature] = {
         Feature(says="may depend on the record, and shows in its noise: no certified bound"),
     ),
     "t.fraction.field": Feature(
-        says="may depend on the record, and shows in its noise: no certified bound", reason=_t_from_field
+        says="may depend on the record, and shows in its noise: no certified bound",
+        reason=_t_from_field,
+        in_picture=True,
     ),
     **dict.fromkeys(
         ("steps", "grid", "start"),
@@ -280,6 +285,7 @@ _FEATURES: Mapping[str, Feature] = {
         reason=_if(
             lambda recipe: recipe.images.alpha == "keep", "the source's alpha channel is carried over as it is"
         ),
+        in_picture=True,
     ),
     "images.tiles.overlap": Feature(
         says="tiles of pixels share one noise field and are one observation, distances being taken with the "
@@ -290,6 +296,7 @@ _FEATURES: Mapping[str, Feature] = {
             if recipe.images.tiles is not None and latent
             else None
         ),
+        in_picture=True,
     ),
     "upscale.consistent": Feature(
         says="projects onto the source again, after the noise",
@@ -297,6 +304,7 @@ _FEATURES: Mapping[str, Feature] = {
             lambda recipe: recipe.upscale is not None and recipe.upscale.consistent,
             "upscale.consistent looks at the source again: each output shrinks to exactly its source",
         ),
+        in_picture=True,
     ),
     **dict.fromkeys(
         ("region.field", "region.json_key"),

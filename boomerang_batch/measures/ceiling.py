@@ -3,13 +3,16 @@
 An output is made of x_t, and x_t / alpha_t = x_0 + sigma eps. Under Gaussian noise the nearest sources are the
 likeliest, so no attack on an output, however made, can have its source among k guesses more often than the k
 nearest of that do (data-processing inequality). This bounds the rank-k of any attack that looks at one output
-at a time, where the source is one of the group's records, each as likely as any other. It does **not** bound:
+at a time, where the source is one of the group's records, each as likely as any other. Among fewer candidates
+it is higher, so it is the ceiling of those who have these for candidates. It does **not** bound:
 
 - one-to-one matching of all outputs together, which is why that of the forward jump is measured beside it;
 - the area under the ROC curve, or true accepts at a false-accept rate;
 - matches to other photographs of the same person: compare it with ranks of exact sources alone;
 - several outputs of one source taken together: for K variants give sigma / sqrt(K);
-- anything where the noise is not secret, or the model knows the record.
+- who knows the noise, or its seed;
+- who has fewer candidates than the group, or knows some to be likelier, as a model may tell that was trained on
+  some of them: each attacker's ceiling is that among his own candidates.
 """
 
 from __future__ import annotations

@@ -18,6 +18,12 @@ from boomerang_batch.report.sections import Curve, Line, Points, Section, Table,
 from boomerang_batch.report.words import number, percent, plural, sentence
 
 _CEILING = "noise ceiling"
+_CEILING_SAYS = (
+    "The noise ceiling is how often the noised picture itself, before the model has seen it, is found by the "
+    "best method there is, among the candidates that the worst method had. Whoever does not know the noise, "
+    "takes one output at a time and has the same candidates can't do better on average. Among fewer candidates "
+    "it would be higher."
+)
 _ROWS = 60
 _GATES_OF_LINKS = frozenset({"max_rank1", "max_tar"})
 
@@ -117,6 +123,7 @@ def _linked(findings: Findings, readings: Sequence[Reading]) -> Section:
             f"{findings.audited:,} of {plural(findings.outputs, 'output')} were audited: each was "
             "compared, by every method listed, with the sources it could have been made from. An interval "
             "holds the true share 19 times in 20. Another method may find more than these.",
+            *([_CEILING_SAYS] if ranks and any(line.name == _CEILING for line in ranks.lines) else []),
         ),
         curves=(ranks,) if ranks else (),
         tables=tuple(tables) if outputs or controls else (),
@@ -147,20 +154,22 @@ def _gate(gate: Gate) -> str:
 
 
 def _ranks(readings: Sequence[Reading]) -> Curve | None:
-    """Shares found within the first k guesses: the worst method, what noise alone allows, and chance."""
+    """Shares found within the first k guesses: the worst method, what noise allows it at most, and chance."""
     first = [one for one in readings if one.measure == "rank-1" and one.subject == OUTPUTS]
     if not first:
         return None
     worst = max(first, key=lambda one: one.value)
-    found: dict[str, dict[float, float]] = {"outputs, the worst method": {}, "noise ceiling": {}, "chance": {}}
+    found: dict[str, dict[float, float]] = {"outputs, the worst method": {}, _CEILING: {}, "chance": {}}
     for one in readings:
         guesses = re.fullmatch(r"rank-([0-9]+)", one.measure)
         if guesses and (one.subject, one.attacker, one.features) == (OUTPUTS, worst.attacker, worst.features):
             found["outputs, the worst method"][float(guesses[1])] = one.value
             if one.chance is not None:
                 found["chance"][float(guesses[1])] = one.chance
-        elif guesses and one.subject == _CEILING:
-            found["noise ceiling"][float(guesses[1])] = one.value
+        elif guesses and (one.subject, one.attacker, one.count) == (_CEILING, worst.attacker, worst.count):
+            found[_CEILING][float(guesses[1])] = (
+                one.value
+            )  # of the same candidates: others' bounds nothing here
     lines = tuple(
         Line(name=name, points=tuple(sorted(points.items())))
         for name, points in found.items()
