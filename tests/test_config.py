@@ -26,6 +26,7 @@ AUGMENT = {
 }
 AWAY = {"source": "efficientnet-lite0", "away_from": "source", "scale": 0.1}
 TOWARD = {"source": "entry-point:net", "toward": {"field": "to.cls"}, "scale": 0.2}
+DDIM = {"sampler": {"eta": 0.0}}
 ANONYMIZE = {key: value for key, value in AUGMENT.items() if key != "seed"} | {"purpose": "anonymize"}
 
 
@@ -564,9 +565,13 @@ def test_whatever_determines_the_output_enters_the_digest(change):
 
 def test_every_recipe_field_is_in_the_canonical_form_or_known_to_be_left_out():
     named = set(Recipe.model_fields) - {"name", "description", "run"}
-    assert set(parse(AUGMENT).canonical()) == named - {"target", "energy"}
-    coded = AUGMENT | {"method": "edit-friendly", "target": {"label": 1}, "variants": 1, "energy": AWAY}
-    assert set(parse(coded).canonical()) == named
+    later = {"target", "energy", "interpolate", "unseen"}
+    assert set(parse(AUGMENT).canonical()) == named - later
+    for method, name in (("edit-friendly", "target"), ("interpolate", "interpolate"), ("unseen", "unseen")):
+        block = {"label": 1} if name == "target" else {}
+        coded = AUGMENT | {"method": method, name: block, "variants": 1, "sampler": {"eta": 0.3}}
+        assert set(parse(coded).canonical()) == named - later | {name}
+    assert set(parse(AUGMENT | {"energy": AWAY}).canonical()) == named - later | {"energy"}
 
 
 def test_the_canonical_form_parses_back_to_itself():
@@ -579,6 +584,8 @@ def test_the_canonical_form_parses_back_to_itself():
         AUGMENT | {"method": "dpm-encoder", "target": {"field": "to.cls"}},
         AUGMENT | {"energy": AWAY},
         AUGMENT | {"energy": TOWARD | {"options": {"a": 1}, "range": [0.1, 0.4]}},
+        AUGMENT | {"method": "interpolate", "interpolate": {"partner": {"field": "to"}}} | DDIM,
+        AUGMENT | {"method": "unseen", "unseen": {"weight": 0.5}} | DDIM,
         AUGMENT | {"model": plugin, "images": {"sizes": [[64, 32], [32, 64]]}, "upscale": {"factor": 2}},
     ):
         recipe = parse(data)

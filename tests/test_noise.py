@@ -149,6 +149,7 @@ def test_purposes_keep_their_numbers():
         "T_DRAW": 4,
         "LABEL_DRAW": 5,
         "MIX_COIN": 6,
+        "NEW_LATENT": 7,
     }
 
 

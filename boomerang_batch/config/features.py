@@ -162,6 +162,25 @@ _FEATURES: Mapping[str, Feature] = {
             "the energy looks at the source again after noising it, at every step, to lead away from it",
         ),
     ),
+    **dict.fromkeys(
+        ("interpolate.partner", "interpolate.partner.field", "interpolate.same"),
+        Feature(says="says which other record each output shows beside its own: no certified bound for either"),
+    ),
+    "interpolate.weights": Feature(
+        says="says how much of each of two records an output shows: no certified bound for either",
+        note=lambda recipe: (
+            "An image between two persons' is a picture of both: either may be recognized in it, and whoever "
+            "knows one of them sees what the other brought."
+            if recipe.interpolate is not None
+            else None
+        ),
+    ),
+    **dict.fromkeys(
+        ("unseen.weight", "unseen.tolerance", "unseen.max_tries", "unseen.references"),
+        Feature(
+            says="new latents follow a fit of all records and are held against some of them: no certified bound"
+        ),
+    ),
     # What the mechanism is.
     **dict.fromkeys(
         (f"t.{unit}" for unit in _UNITS),

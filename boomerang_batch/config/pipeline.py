@@ -36,6 +36,7 @@ from boomerang_batch.config.blocks import (
 from boomerang_batch.config.energy import EnergySpec, Toward
 from boomerang_batch.config.forms import Block, FromField, Spread, T, matching, one_or_list
 from boomerang_batch.config.messages import explain
+from boomerang_batch.config.mixing import MIXING, Interpolate, Unseen, check_mixing
 from boomerang_batch.config.targets import Target
 from boomerang_batch.errors import RecipeError
 
@@ -67,9 +68,11 @@ class Recipe(Block):
     ]
     description: str = ""
     purpose: Literal["anonymize", "augment", "enhance"]
-    method: Literal["boomerang", "dpm-encoder", "edit-friendly"] = "boomerang"
+    method: Literal["boomerang", "dpm-encoder", "edit-friendly", "interpolate", "unseen"] = "boomerang"
     target: Target | None = Field(None, description="what codes are decoded to; null: to their own image")
     energy: EnergySpec | None = Field(None, description="what guides each step by a gradient; null: nothing")
+    interpolate: Interpolate | None = Field(None, description="for method interpolate, which needs it")
+    unseen: Unseen | None = Field(None, description="for method unseen, which needs it")
     model: ModelSpec
     t: Annotated[
         Annotated[T, Tag("<one>")] | Annotated[tuple[T, ...], Tag("<list>")], Discriminator(one_or_list)
@@ -131,6 +134,9 @@ class Recipe(Block):
 
     @model_validator(mode="after")
     def _method_fits(self) -> Recipe:
+        check_mixing(self)
+        if self.method in MIXING:
+            return self
         if self.method == "boomerang":
             if self.target is not None:
                 raise ValueError(
@@ -244,7 +250,7 @@ class Recipe(Block):
         full = self.model_dump(mode="json", exclude={"run", "description", "name"})
         levels = [level.model_dump(mode="json", exclude_unset=True) for level in self.levels]
         full["t"] = levels if isinstance(self.t, tuple) else levels[0]
-        for name in ("target", "energy"):
+        for name in ("target", "energy", *MIXING):
             if full[name] is None:
                 del full[name]  # which format version 1 has not always had, and runs are known by their digest
         if self.target is not None:
@@ -319,6 +325,7 @@ __all__ = [
     "FieldPolicy",
     "FromField",
     "ImagePolicy",
+    "Interpolate",
     "ModelSpec",
     "Passes",
     "Prompts",
@@ -331,6 +338,7 @@ __all__ = [
     "Target",
     "Tiles",
     "Toward",
+    "Unseen",
     "Upscale",
     "parse_recipe",
 ]

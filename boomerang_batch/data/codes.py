@@ -32,10 +32,11 @@ def code_bytes(codes: Sequence[Code], *, proof: bytes, trial: int | None = None)
     return save(tensors)
 
 
-def read_codes(data: bytes, *, proof: bytes | None, pieces: int, steps: int) -> list[Code]:
-    """What `code_bytes` was given, for walks of so many steps; `proof` None: whosever it is.
+def read_codes(data: bytes, *, proof: bytes | None, pieces: int, steps: int | None) -> list[Code]:
+    """What `code_bytes` was given, for walks of so many steps; None: codes without residuals.
 
-    Raises SampleError `bad-code` for anything else, and `stale-code` where it was drawn of something else.
+    `proof` None: whosever it is. Raises SampleError `bad-code` for anything else, and `stale-code` where it was
+    drawn of something else.
     """
     try:
         tensors = load(data)
@@ -48,9 +49,11 @@ def read_codes(data: bytes, *, proof: bytes | None, pieces: int, steps: int) -> 
     except (SafetensorError, KeyError, ValueError) as error:
         raise SampleError("bad-code", f"what is kept of it is no code: {error}") from error
     for code in found:
-        shape = (steps + 1, *code.x_n.shape)
-        if code.x_n.dtype != torch.float32 or code.residuals is None or code.residuals.shape != shape:
-            raise SampleError("bad-code", f"its code is not one of {steps} steps, as this walk has")
+        shape = None if steps is None else (steps + 1, *code.x_n.shape)
+        found_shape = None if code.residuals is None else code.residuals.shape
+        if code.x_n.dtype != torch.float32 or found_shape != shape:
+            told = "a latent alone" if steps is None else f"one of {steps} steps, as this walk has"
+            raise SampleError("bad-code", f"its code is not {told}")
     return found
 
 

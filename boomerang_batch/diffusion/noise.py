@@ -33,6 +33,7 @@ class Purpose(IntEnum):
     T_DRAW = 4
     LABEL_DRAW = 5
     MIX_COIN = 6
+    NEW_LATENT = 7
 
 
 def noise_key(material: bytes, *, identity: bytes, variant: int) -> bytes:

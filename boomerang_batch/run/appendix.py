@@ -27,6 +27,11 @@ def is_appendix(name: str) -> bool:
     return _MARK in name
 
 
+def shard_of(name: str) -> str:
+    """The shard that an appendix belongs to; its own name, of a shard."""
+    return name.partition(_MARK)[0]
+
+
 def appendices(names: Collection[str]) -> dict[str, list[str]]:
     """The committed appendices among the names in OUT, by the shard they belong to, in order."""
     found: dict[str, list[str]] = defaultdict(list)

@@ -31,7 +31,7 @@ from boomerang_batch.errors import ConfigError, PrivateDirError, SampleError, St
 from boomerang_batch.run.chained import Choosing, Drawer, Refining, Worth
 from boomerang_batch.run.commit import TAR_SUFFIX
 from boomerang_batch.run.decoder import Decoder
-from boomerang_batch.run.guards import Seen
+from boomerang_batch.run.guards import Seen, check_hidden
 from boomerang_batch.run.naming import member_key
 from boomerang_batch.run.stages import Made, Output, Prepared
 from boomerang_batch.run.transform import Transform, told
@@ -39,8 +39,6 @@ from boomerang_batch.run.transform import Transform, told
 FOLDER = "codes"
 MAX_CODE_BYTES = 4 << 30
 _REFINE = "refine"
-_BACK = 1e-3
-"""As a share of the value range: outputs that are nearer to their source are their source, but for rounding."""
 
 
 def codes_home(recipe: Recipe, out: str, private_dir: str | None) -> str:
@@ -250,11 +248,9 @@ class Decoding(_Coded):
 
     def finish(self, made: Made, *, seen: Seen) -> Output:
         """As a Transform does. Raises SampleError too where what is to be hidden came back."""
-        low, high = self._model.value_range
-        for piece, x_0 in zip(made.prepared.canvas.pieces, made.pieces, strict=True):
-            apart = float((x_0 - piece.image).square().mean().sqrt())
-            if self._recipe.purpose == "anonymize" and apart < _BACK * (high - low):
-                raise SampleError("output-equals-input", "the code gave its image back; take another target")
+        if self._recipe.purpose == "anonymize":
+            for piece, x_0 in zip(made.prepared.canvas.pieces, made.pieces, strict=True):
+                check_hidden(x_0, piece.image, value_range=self._model.value_range)
         output = super().finish(made, seen=seen)
         more = self._refining_walk(made.prepared, made.variant)
         known = output.row.evaluations
@@ -331,6 +327,9 @@ class Codes:
                 f"{url} does not have the digest its marker says; remove it with its marker, and its codes are "
                 "drawn again"
             )
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
 
     def read(self, name: str) -> bytes:
         """The code of this name, as it is kept. Raises SampleError where there is none."""

@@ -134,7 +134,7 @@ class RayPool:
         # What a worker says of its end is discreet already.
         _log.warning("a worker is lost with %d task(s) in flight; %s", len(victims), reason, extra=PLAIN)
         for task in victims:
-            there = read_marker(self._out, task.name)
+            there = read_marker(self._out, task.name) if task.phase == "outputs" else None
             got = member.state.finished.get(task.name, 0)
             if there is not None:
                 yield ShardReport(name=task.name, status="there", counts=there.counts)

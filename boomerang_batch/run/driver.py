@@ -18,7 +18,7 @@ from typing import Protocol
 
 from boomerang_batch import storage
 from boomerang_batch.errors import ConfigError, StorageError
-from boomerang_batch.run import journal, lease
+from boomerang_batch.run import journal, lease, phases
 from boomerang_batch.run.appendix import failed_tasks, is_appendix
 from boomerang_batch.run.budget import Spending
 from boomerang_batch.run.cpus import usable_cpus
@@ -77,6 +77,7 @@ def execute(
     raises GateError where they won't do. Raises LeaseError where another run is at work on OUT.
     """
     refuse_secrets(request.recipe)
+    phases.refuse(request)
     for told in paths_told(request.recipe):
         _log.warning("%s", told, extra=PLAIN)
     naming = open_naming(request)
@@ -169,7 +170,14 @@ def _work(
             keys.add(report.name)
         try:
             work = _begun(
-                request, pool, todo, before.done, stop=stop, progress=telemetry.images_in_flight, judge=judge
+                request,
+                pool,
+                todo,
+                before.done,
+                tasks=tasks,
+                stop=stop,
+                progress=telemetry.images_in_flight,
+                judge=judge,
             )
             for report in work:
                 reports[report.name] = report
@@ -202,11 +210,17 @@ def _begun(
     todo: Sequence[Task],
     done: Sequence[ShardReport],
     *,
+    tasks: Sequence[Task],
     stop: threading.Event,
     progress: Callable[[str, int], None],
     judge: Callable[[], None] | None,
 ) -> Iterator[ShardReport]:
-    """Reports of all tasks. Where a gate is to judge, only as many are begun before as it takes."""
+    """Reports of all that is to do of `tasks`, or of what must come before and could not be done.
+
+    Where a gate is to judge, only as many are begun before as it takes.
+    """
+    if todo and not (yield from phases.before_outputs(request, pool, tasks, stop=stop)):
+        return
     left, gate = list(todo), request.recipe.run.gate
     if gate is not None and judge is not None:
         there = sum(report.counts.get("ok", 0) for report in done)

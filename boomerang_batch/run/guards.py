@@ -23,6 +23,8 @@ _FLAT = 0.5 / 255
 """Half a grey level, as a share of the value range: less contrast than this is next to none."""
 _PLAIN = 8 / 255
 """What compression leaves in a plain picture: one of less contrast may rightly become a single colour."""
+_BACK = 1e-3
+"""As a share of the value range: outputs that are nearer to their source are their source, but for rounding."""
 
 ValueRange = tuple[float, float]
 """Black and white, as a model has them. An image keeps nothing that is beyond them."""
@@ -50,6 +52,15 @@ def check_changed(x_0: Tensor, source: Tensor, *, value_range: ValueRange) -> No
     if np.array_equal(x_0.numpy(), source.numpy()) and _contrast(source, value_range) >= _FLAT:
         raise SampleError(
             "output-equals-input", "the model gave the image back unchanged; check its weights and t"
+        )
+
+
+def check_hidden(x_0: Tensor, source: Tensor, *, value_range: ValueRange) -> None:
+    """Raise SampleError if `x_0` (C, H, W) is `source`, which is to be hidden, but for rounding."""
+    apart = float((x_0 - source).square().mean().sqrt())
+    if apart < _BACK * (value_range[1] - value_range[0]):
+        raise SampleError(
+            "output-equals-input", "its own latent or code gave the image back; go further from it"
         )
 
 

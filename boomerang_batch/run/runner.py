@@ -7,7 +7,6 @@ reads or encodes, the others' draws keep the device busy. A stop is honoured bet
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import shutil
 import tempfile
@@ -18,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from boomerang_batch import storage
+from boomerang_batch.config.mixing import MIXING
 from boomerang_batch.data.provenance import BAD, SCHEMA, WITH_TRIALS, Marker, write_rows
 from boomerang_batch.data.shards import write_shard
 from boomerang_batch.diffusion.threads import use_threads
@@ -32,12 +32,21 @@ from boomerang_batch.run.drawing import Drawing
 from boomerang_batch.run.ledger import Ledger
 from boomerang_batch.run.links import write_links
 from boomerang_batch.run.loading import flags_of, load, stack_of, warnings
+from boomerang_batch.run.mixing import (
+    Interpolating,
+    Inverting,
+    Latents,
+    inverting,
+    latents_before,
+    rows_of_codes,
+)
 from boomerang_batch.run.naming import Naming
 from boomerang_batch.run.private import load_secret
 from boomerang_batch.run.scratch import scratch_folder, sweep_scratch
 from boomerang_batch.run.shard_drawing import ShardDrawing
 from boomerang_batch.run.tasks import RunSpec, ShardReport, Task, WorkerFacts
 from boomerang_batch.run.transform import Transform
+from boomerang_batch.run.unseen import Fitting, Generating
 from boomerang_batch.storage.retries import retry_count
 
 _log = logging.getLogger(__name__)
@@ -70,6 +79,9 @@ class Runner:
             self._codes_home = codes_home(recipe, spec.out, spec.private_dir)
             storage.make_folder(self._codes_home)
             storage.sweep(self._codes_home)
+        self._fitting = None
+        if recipe.method == "unseen" and self._codes_home is not None:
+            self._fitting = Fitting(self._codes_home, recipe, naming, self._holding)
         self._made_with = (recipe, model, walks, naming, stack)
         self._flags = flags_of(engine, recipe)
         names = ("outputs_total", "output_bytes_total", "shards_done_total", "shards_failed_total", "tasks")
@@ -85,13 +97,16 @@ class Runner:
         disk fails, and what the engine raises.
         """
         started = time.monotonic()
-        there = read_marker(self._spec.out, task.name)
+        there = read_marker(self._spec.out, task.name) if task.phase == "outputs" else None
         if there is not None:
             return ShardReport(name=task.name, status="there", counts=there.counts)
         use_threads(1)  # lest this thread contend with the engine's
         self._count("tasks")
         try:
             with log_lines.about(**self._about(task)), scratch_folder() as scratch:
+                if task.phase != "outputs":
+                    self._prepare(task, scratch, stopped)
+                    return ShardReport(name=task.name, status="done")
                 marker = self._run(task, scratch, stopped, progress)
         except StoppedError as error:
             return ShardReport(name=task.name, status="stopped", reason=str(error))
@@ -100,7 +115,8 @@ class Runner:
             if self._about(task):
                 _log.info("%s", error, extra=self._about(task))
             # Only the private dir gets this under anonymize, and there the pseudonym alone says nothing.
-            which = "" if self._about(task) else f"shard {task.name} is {storage.without_secrets(task.url)}: "
+            plain = self._about(task) or task.phase == "fit"
+            which = "" if plain else f"shard {task.name} is {storage.without_secrets(task.url)}: "
             return ShardReport(name=task.name, status="quarantined", reason=f"{which}{error}")
         except OSError as error:
             # Neither the shard (a ShardError) nor OUT (a StorageError): what is left is the scratch disk.
@@ -142,13 +158,7 @@ class Runner:
     ) -> Marker:
         """Make the outputs and commit them; first the shard's codes, where the method goes by codes."""
         every = self._spec.recipe.run.journal_every * self._spec.recipe.outputs
-        if self._codes_home is None:
-            transform = Transform(*self._made_with, flags=self._flags)
-        else:
-            codes = self._codes(self._codes_home, task, scratch, stopped)
-            transform = Decoding(
-                *self._made_with, flags=self._flags, decoder=self._decoder, codes=codes, wants=task.wants
-            )
+        transform = self._transform(task, scratch, stopped)
         with (
             self._ledger(task, scratch) as ledger,
             journal.opened(self._journals, task.name, scratch=scratch, every=every) as kept,
@@ -165,18 +175,55 @@ class Runner:
                 _log_failures(task, ledger)
             return marker
 
-    def _codes(self, home: str, task: Task, scratch: Path, stopped: Callable[[], bool]) -> Codes:
+    def _prepare(self, task: Task, scratch: Path, stopped: Callable[[], bool]) -> None:
+        """Do a task of a phase that comes before outputs."""
+        if self._fitting is None or self._codes_home is None:
+            raise RuntimeError(f"method {self._spec.recipe.method} has no phase {task.phase}")
+        if task.phase == "fit":
+            self._fitting.reduce(task.of, scratch)
+        else:
+            self._fitting.add(task.name, self._latents(self._codes_home, task, scratch, stopped))
+
+    def _transform(self, task: Task, scratch: Path, stopped: Callable[[], bool]) -> Transform:
+        """What makes a task's outputs, by the recipe's method."""
+        home, made_with = self._codes_home, self._made_with
+        if home is None:
+            return Transform(*made_with, flags=self._flags)
+        if self._spec.recipe.method in MIXING:
+            latents = self._latents(home, task, scratch, stopped)
+            if self._fitting is None:
+                return Interpolating(*made_with, flags=self._flags, latents=latents)
+            return Generating(*made_with, flags=self._flags, latents=latents, fit=self._fitting.read())
+        codes = self._codes(home, task, scratch, stopped, drawn_by=Encoding)
+        return Decoding(*made_with, flags=self._flags, decoder=self._decoder, codes=codes, wants=task.wants)
+
+    def _latents(self, home: str, task: Task, scratch: Path, stopped: Callable[[], bool]) -> Latents:
+        """The latents of a task's shard, which are other samples' partners too; and its own, of an appendix."""
+        tasks = [*latents_before(home, task), inverting(task)]
+        codes = [self._codes(home, one, scratch, stopped, drawn_by=Inverting) for one in tasks]
+        rows = [row for one in tasks for row in rows_of_codes(home, one.name)]
+        return Latents(self._spec.recipe, codes, rows)
+
+    def _codes(
+        self,
+        home: str,
+        task: Task,
+        scratch: Path,
+        stopped: Callable[[], bool],
+        *,
+        drawn_by: type[Encoding],
+    ) -> Codes:
         """The codes of a task, drawn and committed now unless they are there."""
         marker = read_marker(home, task.name)
         if marker is None:
             folder = scratch / "encoding"
             folder.mkdir()
-            transform = Encoding(*self._made_with, decoder=self._decoder)
+            transform = drawn_by(*self._made_with, decoder=self._decoder)
             with self._ledger(task, folder) as ledger:
                 self._draw(task, ledger, transform, kept=None, stopped=stopped, progress=lambda count: None)
                 marker = self._commit(ledger, task, folder, out=home)
             shutil.rmtree(folder)
-        return Codes(home, marker, scratch / FOLDER)
+        return Codes(home, marker, scratch / f"{FOLDER}-{task.name}")
 
     def _ledger(self, task: Task, folder: Path) -> Ledger:
         by_pseudonym = self._spec.recipe.purpose == "anonymize"
@@ -231,9 +278,12 @@ class Runner:
             parquet_bytes=provenance_digest.size_bytes,
             recipe_digest=self._spec.recipe.digest,
         )
-        holding = functools.partial(lease.require, self._spec.out, self._spec.epoch)
-        commit(out, marker, tar=tar, provenance=provenance, holding=holding)
+        commit(out, marker, tar=tar, provenance=provenance, holding=self._holding)
         return marker
+
+    def _holding(self) -> None:
+        """Raise LeaseError when OUT is no longer this run's to write to."""
+        lease.require(self._spec.out, self._spec.epoch)
 
     def _about(self, task: Task) -> dict[str, str]:
         """What every log line on a task carries.

@@ -20,6 +20,16 @@ from boomerang_batch.run.walks import Resolved
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """What a variant is decoded from where latents are mixed."""
+
+    latent: Tensor
+    """(c, h, w) float32."""
+    told: str
+    """What went into it, as rows tell it: name=value and so on."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Prepared:
     """A sample decoded and laid out, with all that finishing its variants needs."""
 
@@ -40,6 +50,8 @@ class Prepared:
     travelling: Mapping[str, bytes]
     counterpart: Prepared | None = None
     """The same sample as its codes are decoded, where they are drawn and decoded at once."""
+    mixtures: tuple[Mixture, ...] = ()
+    """One per variant, where latents are mixed."""
 
     @functools.cached_property
     def fingerprint(self) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from boomerang_batch.config.pipeline import Recipe
 from boomerang_batch.data.provenance import BAD
@@ -35,7 +36,7 @@ class RunSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One shard in, one shard out."""
+    """One shard in, one shard out; or a phase of it, see `phase`."""
 
     name: str
     """Stem of the output; a pseudonym under anonymize."""
@@ -46,6 +47,11 @@ class Task:
     """What the manifest claims of the shard's bytes (SHA-256, hex); see `ShardEntry`."""
     only: Mapping[str, tuple[int, ...]] | None = None
     """Outputs to make, by number, of the samples with these keys; None: all of all."""
+    phase: Literal["outputs", "latents", "fit"] = "outputs"
+    """What is made: the shard's outputs; or, for methods that have phases, first its latents and what they add
+    to the fit; or the fit."""
+    of: tuple[str, ...] = ()
+    """For the fit: names of all shards."""
 
     def wants(self, key: str | None, number: int | None = None) -> bool:
         """Whether a sample, or one of its outputs, is part of the task."""

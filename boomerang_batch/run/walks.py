@@ -11,11 +11,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from boomerang_batch.config.pipeline import FromField, Recipe, Spread
+from boomerang_batch.diffusion.codes import inverted
 from boomerang_batch.diffusion.denoiser import DenoiserSpec
 from boomerang_batch.diffusion.engine import Walk
 from boomerang_batch.diffusion.noise import Purpose, uniform
 from boomerang_batch.diffusion.samplers import build_solver
-from boomerang_batch.diffusion.schedule import build_schedule
+from boomerang_batch.diffusion.schedule import Schedule, build_schedule
 from boomerang_batch.errors import ConfigError, SampleError
 
 _KEPT_WALKS = 4096
@@ -39,6 +40,7 @@ class Walks:
         self._recipe = recipe
         self._model = model
         self._walk = functools.lru_cache(_KEPT_WALKS)(self._build)
+        self.inverted = functools.lru_cache(_KEPT_WALKS)(self._inverted)
         self._check()
 
     def resolve(
@@ -104,7 +106,14 @@ class Walks:
             start=recipe.start,
             fractional_tau=model.fractional_tau,
         )
-        sampler = recipe.sampler
+        return self._on(schedule, eta=recipe.sampler.eta)
+
+    def _inverted(self, walk: Walk) -> Walk:
+        """The walk of eta 0 that leads from an image up to where `walk` begins."""
+        return self._on(inverted(walk.schedule), eta=0.0)
+
+    def _on(self, schedule: Schedule, *, eta: float) -> Walk:
+        recipe, model, sampler = self._recipe, self._model, self._recipe.sampler
         if sampler.variance == "learned" and not model.learned_variance:
             raise ConfigError("sampler.variance learned: this model has learned none; take fixed_small")
         if sampler.clip and model.latent:
@@ -112,7 +121,7 @@ class Walks:
         solver = build_solver(
             schedule,
             prediction=model.prediction,
-            eta=sampler.eta,
+            eta=eta,
             order=sampler.order,
             variance=sampler.variance,
             data_variance=sampler.data_variance,
