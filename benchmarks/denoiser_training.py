@@ -8,8 +8,6 @@ may prolong.
 from __future__ import annotations
 
 import argparse
-import copy
-import json
 import math
 import sys
 import time
@@ -18,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from boomerang_batch.demo.learning import CURVE_STEPS, Learner, export_pipeline
 from boomerang_batch.demo.train import build_scheduler
 
 PEAK_RATE = 8e-4
@@ -65,47 +63,23 @@ def strata_and_noise(plan: Plan, step: int, x_0: torch.Tensor) -> tuple[torch.Te
 
 def train(plan: Plan, batch_at: Callable[[int], Batch], *, budget_s: float, export_every_s: float) -> None:
     """Train until `budget_s` CPU seconds are spent, those of earlier calls counted; export into WORK/model."""
-    plan.work.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(plan.seed)
-    net = plan.build().to(memory_format=torch.channels_last).train()
-    ema = copy.deepcopy(net).eval()
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1.0, betas=(0.9, 0.99), weight_decay=0.01)
-    step, spent, curve = 0, 0.0, []
-    if _checkpoint(plan).exists():
-        state = torch.load(_checkpoint(plan), weights_only=True)
-        net.load_state_dict(state["net"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, spent, curve = state["step"], state["seconds"], state["curve"]
-    print(f"{sum(weight.numel() for weight in net.parameters())} weights, from step {step}", flush=True)
-
-    running: list[float] = []
-    before, since = spent, time.process_time()
-    kept, exported = time.monotonic(), spent
-    while spent < budget_s:
-        loss = _loss(net, *batch_at(step)).mean()
-        for group in optimizer.param_groups:
-            group["lr"] = _rate(step, spent, budget_s)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        decay = min(EMA_DECAY, (step + 1) / (step + 10))
-        with torch.no_grad():
-            for average, weight in zip(ema.parameters(), net.parameters(), strict=True):
-                average.lerp_(weight, 1 - decay)
-        running.append(loss.item())
-        step, spent = step + 1, before + time.process_time() - since
-        if step % 50 == 0:
-            curve.append([step, round(float(np.mean(running)), 5)])
-            running.clear()
-            print(f"step {step} loss {curve[-1][1]:.4f} {spent:.0f}/{budget_s:.0f} s", flush=True)
+    learner = Learner(
+        plan.build, _checkpoint(plan), seed=plan.seed, ema_decay=EMA_DECAY, weight_decay=0.01, grad_clip=1.0
+    )
+    weights = sum(weight.numel() for weight in learner.net.parameters())
+    print(f"{weights} weights, from step {learner.step}", flush=True)
+    began = time.process_time() - learner.seconds
+    kept, exported = time.monotonic(), learner.seconds
+    while learner.seconds < budget_s:
+        loss = _loss(learner.net, *batch_at(learner.step)).mean()
+        learner.learn(loss, rate=_rate(learner.step, learner.seconds, budget_s))
+        learner.seconds = spent = time.process_time() - began
+        if learner.step % CURVE_STEPS == 0:
+            told = f"loss {learner.curve[-1][1]:.4f} {spent:.0f}/{budget_s:.0f} s"
+            print(f"step {learner.step} {told}", flush=True)
         if time.monotonic() - kept >= CHECKPOINT_S or spent >= budget_s:
             kept = time.monotonic()
-            state = {"net": net.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
-            scratch = _checkpoint(plan).with_suffix(".tmp")
-            torch.save(state | {"step": step, "seconds": spent, "curve": curve}, scratch)
-            scratch.replace(_checkpoint(plan))
+            learner.keep()
             if spent - exported >= export_every_s or spent >= budget_s:
                 exported = spent
                 export(plan, plan.work / "model")
@@ -117,19 +91,13 @@ def export(plan: Plan, out: Path) -> None:
     with torch.random.fork_rng():
         net = plan.build()
     net.load_state_dict(state["ema"])
-    (net.half() if plan.half else net).save_pretrained(out / "unet", safe_serialization=True)
-    build_scheduler().save_pretrained(out / "scheduler")
-    index = {"_class_name": "DDPMPipeline", "scheduler": ["diffusers", "DDPMScheduler"]}
-    (out / "model_index.json").write_text(
-        json.dumps(index | {"unet": ["diffusers", "UNet2DModel"]}, indent=2) + "\n"
-    )
     record = {
         "steps": state["step"],
         "batch": plan.batch,
         "seconds": round(state["seconds"]),
         "loss": state["curve"],
     }
-    (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    export_pipeline(net.half() if plan.half else net, build_scheduler(), record, out)
 
 
 def score(

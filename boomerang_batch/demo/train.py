@@ -13,9 +13,7 @@ rate warms up, stays flat and decays over the last fifth, so a run can be prolon
 from __future__ import annotations
 
 import argparse
-import copy
 import gzip
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,9 +22,12 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from boomerang_batch.demo.learning import CURVE_STEPS, Learner, export_pipeline
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+CHECKPOINT = "checkpoint.pt"
 SETTINGS: dict[str, Any] = {
     "block_out_channels": [48, 96, 128],
     "layers_per_block": 1,
@@ -114,29 +115,19 @@ def batch_at(step: int, count: int) -> NDArray[np.int64]:
 
 def train(data: Path, work: Path, steps: int, checkpoint_every: int) -> None:
     """Train up to step `steps`, going on from the checkpoint in `work` if there is one."""
-    work.mkdir(parents=True, exist_ok=True)
     images = fold(read_idx(data / "train-images-idx3-ubyte.gz"))
     labels = torch.from_numpy(read_idx(data / "train-labels-idx1-ubyte.gz").astype(np.int64))
-    torch.manual_seed(SETTINGS["seed"])
-    net = build_network().to(memory_format=torch.channels_last).train()
-    ema = copy.deepcopy(net).eval()
-    optimizer = torch.optim.AdamW(
-        net.parameters(), lr=1.0, betas=(0.9, 0.99), weight_decay=SETTINGS["weight_decay"]
+    learner = Learner(
+        build_network,
+        work / CHECKPOINT,
+        seed=SETTINGS["seed"],
+        ema_decay=SETTINGS["ema_decay"],
+        weight_decay=SETTINGS["weight_decay"],
+        grad_clip=SETTINGS["grad_clip"],
     )
     alpha_bar = build_scheduler().alphas_cumprod.float()
-    start, seconds = 0, 0.0
-    curve: list[list[float]] = []
-    checkpoint = work / "checkpoint.pt"
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        net.load_state_dict(state["net"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        start, seconds, curve = state["step"], state["seconds"], state["curve"]
-
-    running: list[float] = []
-    since = time.monotonic()
-    for step in range(start, steps):
+    began = time.monotonic() - learner.seconds
+    while (step := learner.step) < steps:
         # Draw this step's batch, timesteps (stratified over the batch) and noise from the step's own seed.
         draw = torch.Generator().manual_seed(SETTINGS["seed"] * 1_000_003 + step)
         index = torch.from_numpy(batch_at(step, len(images)))
@@ -151,44 +142,23 @@ def train(data: Path, work: Path, steps: int, checkpoint_every: int) -> None:
         alpha = alpha_bar[t].sqrt().view(-1, 1, 1, 1)
         sigma = (1 - alpha_bar[t]).sqrt().view(-1, 1, 1, 1)
         x_t = (alpha * x_0 + sigma * eps).contiguous(memory_format=torch.channels_last)
-        loss = functional.mse_loss(net(x_t, t, label).sample, alpha * eps - sigma * x_0)
+        loss = functional.mse_loss(learner.net(x_t, t, label).sample, alpha * eps - sigma * x_0)
+        learner.learn(loss, rate=learning_rate(step, steps))
 
-        # Take the optimizer's step and move the average towards it; a young average forgets faster.
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(net.parameters(), SETTINGS["grad_clip"])
-        optimizer.step()
-        decay = min(SETTINGS["ema_decay"], (step + 1) / (step + 10))
-        with torch.no_grad():
-            for average, weight in zip(ema.parameters(), net.parameters(), strict=True):
-                average.lerp_(weight, 1 - decay)
-        running.append(loss.item())
-
-        done = step + 1
-        if done % 50 == 0:
-            curve.append([done, round(float(np.mean(running)), 5)])
-            running.clear()
-            spent = seconds + time.monotonic() - since
-            print(f"step {done}/{steps} loss {curve[-1][1]:.4f} {spent / done:.2f} s/step", flush=True)
+        learner.seconds = time.monotonic() - began
+        done = learner.step
+        if done % CURVE_STEPS == 0:
+            told = f"loss {learner.curve[-1][1]:.4f} {learner.seconds / done:.2f} s/step"
+            print(f"step {done}/{steps} {told}", flush=True)
         if done % checkpoint_every == 0 or done == steps:
-            state = {"net": net.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
-            state |= {"step": done, "seconds": seconds + time.monotonic() - since, "curve": curve}
-            torch.save(state, work / "checkpoint.tmp")
-            (work / "checkpoint.tmp").replace(checkpoint)
+            learner.keep()
 
 
 def export(work: Path, out: Path) -> None:
     """Write the averaged weights as a diffusers folder, with what was set and what the loss did."""
-    state = torch.load(work / "checkpoint.pt", weights_only=True)
+    state = torch.load(work / CHECKPOINT, weights_only=True)
     net = build_network()
     net.load_state_dict(state["ema"])
-    net.half().save_pretrained(out / "unet", safe_serialization=True)
-    build_scheduler().save_pretrained(out / "scheduler")
-    index: dict[str, object] = {"_class_name": "DDPMPipeline", "scheduler": ["diffusers", "DDPMScheduler"]}
-    index["unet"] = ["diffusers", "UNet2DModel"]
-    (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     record: dict[str, object] = {"settings": SETTINGS, "steps": state["step"]}
     record |= {
         "seconds": round(state["seconds"]),
@@ -196,10 +166,7 @@ def export(work: Path, out: Path) -> None:
         "threads": torch.get_num_threads(),
     }
     record["loss"] = state["curve"]
-    # diffusers leaves weights readable by their owner alone; these are to be shipped.
-    for path in out.rglob("*.safetensors"):
-        path.chmod(0o644)
-    (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    export_pipeline(net.half(), build_scheduler(), record, out)
 
 
 def main() -> None:
