@@ -17,27 +17,21 @@ alone; no other photograph is published.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import sys
-import tarfile
 import tempfile
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import report
-import webdataset
 from picture_scores import Pixels, scores
 from PIL import Image, ImageDraw, ImageFont
+from whole_runs import png, run_on
 
 from boomerang_batch.config.pipeline import parse_recipe
-from boomerang_batch.data.manifest import load_manifest
 from boomerang_batch.data.upscale import reduced
-from boomerang_batch.run.driver import execute
-from boomerang_batch.run.request import RunRequest
 
 SIDE = 256
 FACTORS = (2, 4, 8)
@@ -95,39 +89,16 @@ def enlarge(
     args: argparse.Namespace, small: Mapping[str, Pixels], factor: int, *, consistent: bool
 ) -> dict[tuple[float, int], dict[str, Pixels]]:
     """What the tool makes of the reduced photographs: by (fraction, pass), by name."""
+    recipe = parse_recipe(recipe_text(args, factor, consistent=consistent), source="super-resolution")
+    shards = {"small": {key: {"png": png(pixels)} for key, pixels in small.items()}}
     with tempfile.TemporaryDirectory(prefix="super-resolution-") as scratch:
-        folder = Path(scratch)
-        with webdataset.TarWriter(str(folder / "small.tar"), encoder=False) as tar:
-            for key, pixels in small.items():
-                buffer = io.BytesIO()
-                Image.fromarray(pixels).save(buffer, "PNG")
-                tar.write({"__key__": key, "png": buffer.getvalue()})
-        manifest = folder / "manifest.yaml"
-        manifest.write_text("format_version: 1\nname: small\nshards: [small.tar]\n")
-        request = RunRequest(
-            recipe=parse_recipe(recipe_text(args, factor, consistent=consistent), source="super-resolution"),
-            manifest=load_manifest(str(manifest)),
-            out=str(folder / "out"),
-            device=args.device,
-            threads=args.threads,
-            quiet=True,
-        )
-        done = execute(request, stop=threading.Event())
-        if done.exit_code:
-            raise SystemExit(f"the run ended with {done.exit_code}: {done}")
-        found: dict[tuple[float, int], dict[str, Pixels]] = {}
-        with tarfile.open(folder / "out" / "small.tar") as tar:
-            for member in (member for member in tar if member.name.endswith(".png")):
-                # Outputs are numbered variant by variant, and within one pass by pass.
-                name = member.name.removesuffix(".png")
-                # A lone output keeps its source's key.
-                key, _, number = (
-                    name.rpartition("-v") if len(args.fractions) * args.passes > 1 else (name, "", "0")
-                )
-                variant, pass_index = divmod(int(number), args.passes)
-                image = Image.open(io.BytesIO(tar.extractfile(member).read()))
-                made = found.setdefault((args.fractions[variant], pass_index + 1), {})
-                made[key] = np.array(image.convert("RGB"))
+        done = run_on(recipe, shards, Path(scratch), device=args.device, threads=args.threads)["small"]
+    found: dict[tuple[float, int], dict[str, Pixels]] = {}
+    for (key, number), output in done.items():
+        variant, pass_index = divmod(
+            number, args.passes
+        )  # numbered variant by variant, within one pass by pass
+        found.setdefault((args.fractions[variant], pass_index + 1), {})[key] = output.pixels
     if any(made.keys() != small.keys() for made in found.values()):
         raise SystemExit("the run's outputs are not those of the photographs")
     return found
