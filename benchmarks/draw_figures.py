@@ -19,6 +19,7 @@ import paper_report
 import report
 import resume
 import samplers
+import translate_report
 
 PANELS = {
     "attack_theory": attack_theory.panels,
@@ -27,6 +28,7 @@ PANELS = {
     "paper_tables": paper_report.panels,
     "resume": resume.panels,
     "samplers": samplers.panels,
+    "translate": translate_report.panels,
 }
 
 
