@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,10 +20,12 @@ from boomerang_batch.data.codes import FIELD, code_bytes, read_codes
 from boomerang_batch.data.manifest import load_manifest
 from boomerang_batch.data.provenance import read_rows
 from boomerang_batch.errors import ConfigError, RecipeError, RunMismatchError, SampleError
+from boomerang_batch.run import coding
 from boomerang_batch.run import runner as running
 from boomerang_batch.run.coding import check_target
 from boomerang_batch.run.decoder import check_decodes
 from boomerang_batch.run.record import read_record
+from boomerang_batch.run.tasks import RunSpec, Task
 from boomerang_batch.run.verify import verify
 from tests import tiny_models, worlds
 from tests.engines import Tiny
@@ -103,16 +106,91 @@ def test_codes_are_kept_as_a_shard_with_rows_and_a_marker_and_not_drawn_again(
 
 
 @pytest.mark.slow
-def test_codes_that_were_harmed_are_refused(tmp_path, tiny_model, manifest):
+@pytest.mark.parametrize("harm", ["changed", "cut", "gone"])
+def test_codes_that_were_harmed_are_drawn_again(tmp_path, tiny_model, manifest, caplog, harm):
     out, recipe = tmp_path / "out", coded(tiny_model, "dpm-encoder", OTHER)
     worlds.run(recipe, manifest, out)
-    (out / "s-000_stats.json").unlink()
+    whole = worlds.tree(out)
     tar = out / "codes" / "s-000.tar"
     data = bytearray(tar.read_bytes())
     data[700] ^= 1
-    tar.write_bytes(bytes(data))
-    with pytest.raises(Exception, match="does not have the digest its marker says"):
-        worlds.run(recipe, manifest, out)
+    tar.write_bytes(bytes(data if harm == "changed" else data[:900]))
+    if harm == "gone":
+        tar.unlink()
+    assert any("codes" in problem for problem in verify(str(out), deep=True).problems)
+    (out / "s-000_stats.json").unlink()
+    assert worlds.run(recipe, manifest, out).rows == {"ok": 6}
+    assert worlds.tree(out) == whole
+    assert "its codes are drawn again" in caplog.text
+
+
+@pytest.mark.slow
+def test_verify_looks_at_codes_and_under_anonymize_where_it_is_told_to(tmp_path, tiny_model, manifest, secret):
+    out = tmp_path / "out"
+    worlds.run(coded(tiny_model, "edit-friendly", OTHER, purpose="anonymize"), manifest, out)
+    private = Path(f"{out}-private")
+    assert verify(str(out), deep=True, private_dir=str(private)).problems == ()
+    [first, second] = sorted(private.glob("codes/*_stats.json"))
+    first.unlink()
+    parquet = Path(str(second).replace("_stats.json", ".parquet"))
+    parquet.write_bytes(parquet.read_bytes()[:-1])
+    assert verify(str(out), deep=True).problems == ()
+    problems = verify(str(out), deep=False, private_dir=str(private)).problems
+    assert any("there are no codes of shard" in problem for problem in problems)
+    assert any("its marker says" in problem for problem in problems)
+    assert len(problems) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("purpose", ["augment", "anonymize"])
+def test_codes_drawn_before_a_stop_are_not_drawn_again(tmp_path, tiny_model, monkeypatch, secret, purpose):
+    manifest = worlds.save_shards(tmp_path / "in", shards=1, samples=40)
+    recipe = coded(tiny_model, "edit-friendly", OTHER, "run.journal_every=5", purpose=purpose)
+    whole, out, home = tmp_path / "whole", tmp_path / "out", tmp_path / "out"
+    worlds.run(recipe, manifest, whole)
+    stop, real, drawn = threading.Event(), coding.Encoding.finish, []
+
+    def finish(self, made, *, seen):
+        drawn.append(made)
+        if len(drawn) == 20:
+            stop.set()
+        return real(self, made, seen=seen)
+
+    monkeypatch.setattr(coding.Encoding, "finish", finish)
+    if purpose == "anonymize":
+        home = Path(f"{out}-private")
+    assert worlds.run(recipe, manifest, out, stop=stop).stopped
+    kept = list((home / "logs" / "journal").rglob("*.parquet"))
+    assert kept
+    assert all(path.parent.name.endswith("~codes") for path in kept)
+    assert purpose == "augment" or not (out / "logs" / "journal").exists()
+    before, drawn[:] = len(drawn), []
+    worlds.run(recipe, manifest, out)
+    assert 0 < len(drawn) <= 40 - 20
+    assert before >= 20
+    assert worlds.tree(out) == worlds.tree(whole)
+    assert not list((home / "logs").rglob("journal/*/*"))
+
+
+def test_codes_count_as_getting_further(tmp_path, tiny_model, manifest):
+    """A worker that dies over the codes of a large shard has done something."""
+    out, counts = tmp_path / "out", []
+    recipe = coded(tiny_model, "edit-friendly", OTHER)
+    spec = RunSpec(recipe=recipe, out=str(out), private_dir=None, device="cpu", threads=1, epoch=0)
+    out.mkdir()
+    runner = running.Runner(spec)
+    try:
+        task = Task(name="s-000", url=str(manifest.parent / "s-000.tar"), source_stem="s-000")
+        done = runner.run(
+            task,
+            stopped=lambda: False,
+            progress=lambda count: counts.append(("outputs", count)),
+            coded=lambda count: counts.append(("codes", count)),
+        )
+    finally:
+        runner.close()
+    assert done.status == "done"
+    assert counts == [(what, count) for what in ("codes", "outputs") for count in (1, 2, 3)]
 
 
 @pytest.mark.slow

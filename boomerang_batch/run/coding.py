@@ -11,45 +11,31 @@ import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 import numpy as np
 
-from boomerang_batch import storage
 from boomerang_batch.config.pipeline import ClassLabels, ModelSpec, Recipe
 from boomerang_batch.data import fields
 from boomerang_batch.data.codes import FIELD, check_codes, code_bytes, load_codes
-from boomerang_batch.data.provenance import Marker
-from boomerang_batch.data.scan import Measured
-from boomerang_batch.data.shards import Sample, check_name, read_samples
+from boomerang_batch.data.shards import Sample, check_name
 from boomerang_batch.diffusion.codes import Code
 from boomerang_batch.diffusion.denoiser import DenoiserSpec, Told
 from boomerang_batch.diffusion.engine import Draw, Walk
 from boomerang_batch.diffusion.noise import derived_key
-from boomerang_batch.errors import ConfigError, PrivateDirError, SampleError, StorageError
+from boomerang_batch.errors import (
+    ConfigError,
+    SampleError,
+)
 from boomerang_batch.run.chained import Choosing, Drawer, Refining, Worth
-from boomerang_batch.run.commit import TAR_SUFFIX
 from boomerang_batch.run.decoder import Decoder
 from boomerang_batch.run.guards import Seen, check_hidden
+from boomerang_batch.run.kept_codes import MAX_CODE_BYTES, Codes
 from boomerang_batch.run.naming import member_key
 from boomerang_batch.run.stages import Made, Output, Prepared
 from boomerang_batch.run.transform import Transform, told
 
-FOLDER = "codes"
-MAX_CODE_BYTES = 4 << 30
 _REFINE = "refine"
-
-
-def codes_home(recipe: Recipe, out: str, private_dir: str | None) -> str:
-    """Where a run keeps its codes: in OUT, or where nothing may be told of the sources, in the private dir."""
-    if recipe.purpose != "anonymize":
-        return storage.join(out, FOLDER)
-    if private_dir is None:
-        raise PrivateDirError(
-            f"method {recipe.method} keeps codes, which give the sources back: give --private-dir DIR"
-        )
-    return storage.join(private_dir, FOLDER)
 
 
 def check_target(recipe: Recipe, model: DenoiserSpec) -> None:
@@ -303,43 +289,6 @@ class Decoding(_Coded):
     def _name(self, prepared: Prepared, variant: int) -> str:
         key = self._naming.row_key(shard=prepared.shard, key=prepared.source.key or "", variant=variant)
         return member_key(self._recipe, key, variant)
-
-
-class Codes:
-    """The codes of one shard, unpacked into a local folder by the names that they have there."""
-
-    def __init__(self, home: str, marker: Marker, folder: Path) -> None:
-        """Read them. Raises StorageError where the shard is not what its marker says."""
-        folder.mkdir()
-        self._places: dict[str, Path] = {}
-        url = storage.join(home, marker.stem + TAR_SUFFIX)
-        with storage.open_read(url) as stream:
-            measured = Measured(stream)
-            samples = read_samples(cast("BinaryIO", measured), shard=url, max_member_bytes=MAX_CODE_BYTES)
-            for item in samples:
-                if isinstance(item, Sample) and FIELD in item.fields:
-                    place = folder / f"{len(self._places)}.safetensors"
-                    place.write_bytes(item.fields[FIELD])
-                    self._places[item.key] = place
-            measured.finish()
-        if measured.digest != marker.tar_sha256:
-            raise StorageError(
-                f"{url} does not have the digest its marker says; remove it with its marker, and its codes are "
-                "drawn again"
-            )
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._places
-
-    def read(self, name: str) -> bytes:
-        """The code of this name, as it is kept. Raises SampleError where there is none."""
-        return self.place(name).read_bytes()
-
-    def place(self, name: str) -> Path:
-        """The file that holds the code of this name. Raises SampleError where there is none."""
-        if name not in self._places:
-            raise SampleError("no-code", "no code could be drawn of it; the rows of the codes say why")
-        return self._places[name]
 
 
 def _is_finite(code: Code) -> bool:

@@ -135,7 +135,7 @@ class RayPool:
         _log.warning("a worker is lost with %d task(s) in flight; %s", len(victims), reason, extra=PLAIN)
         for task in victims:
             there = read_marker(self._out, task.name) if task.phase == "outputs" else None
-            got = member.state.finished.get(task.name, 0)
+            got = sum(done.get(task.name, 0) for done in (member.state.finished, member.state.coded))
             if there is not None:
                 yield ShardReport(name=task.name, status="there", counts=there.counts)
             elif member.leaving:

@@ -30,7 +30,11 @@ from boomerang_batch.errors import StorageError
 from boomerang_batch.run.stages import Output
 
 FOLDER = "journal"
+OF_CODES = "~codes"
+"""What follows a shard's name in that of the journal of its codes."""
 _BUFFER_BYTES = 8 << 20
+_LARGEST_BYTES = 1 << 30
+"""An output of more bytes is not kept: a column of Arrow holds no two billion."""
 _SCHEMA = pa.schema(
     [
         pa.field("proof", pa.binary(), nullable=False),
@@ -82,6 +86,8 @@ class Journal:
 
     def add(self, output: Output, proof: bytes) -> None:
         """Keep a finished output."""
+        if sum(map(len, output.fields.values())) > _LARGEST_BYTES:
+            return
         self._buffer.append(
             {
                 "proof": proof,
@@ -182,5 +188,6 @@ def remove(home: str, name: str) -> None:
 
 def sweep(home: str, done: Collection[str]) -> None:
     """Remove the journals of committed shards, which a kill after the commit leaves behind."""
-    for name in set(storage.list_names(storage.join(home, "logs", FOLDER))).intersection(done):
-        remove(home, name)
+    for name in storage.list_names(storage.join(home, "logs", FOLDER)):
+        if name.removesuffix(OF_CODES) in done:
+            remove(home, name)

@@ -24,9 +24,10 @@ from boomerang_batch.diffusion.engine import Draw
 from boomerang_batch.diffusion.latents import slerp
 from boomerang_batch.errors import SampleError
 from boomerang_batch.run.appendix import appendices, is_appendix, shard_of
-from boomerang_batch.run.coding import Codes, Encoding
+from boomerang_batch.run.coding import Encoding
 from boomerang_batch.run.commit import PROVENANCE_SUFFIX
 from boomerang_batch.run.guards import Seen, check_hidden
+from boomerang_batch.run.kept_codes import Codes
 from boomerang_batch.run.ledger import Source
 from boomerang_batch.run.naming import member_key
 from boomerang_batch.run.stages import Made, Mixture, Output, Prepared

@@ -14,8 +14,8 @@ from typing import Protocol
 from boomerang_batch import storage
 from boomerang_batch.errors import ConfigError
 from boomerang_batch.run import artefacts
-from boomerang_batch.run.coding import codes_home
 from boomerang_batch.run.discretion import PLAIN
+from boomerang_batch.run.kept_codes import codes_home
 from boomerang_batch.run.request import RunRequest
 from boomerang_batch.run.tasks import ShardReport, Task
 from boomerang_batch.run.unseen import FIT, MOMENTS_SUFFIX, digest_of_names

@@ -21,14 +21,15 @@ from boomerang_batch.config.mixing import MIXING
 from boomerang_batch.data.provenance import BAD, SCHEMA, WITH_TRIALS, Marker, write_rows
 from boomerang_batch.data.shards import write_shard
 from boomerang_batch.diffusion.threads import use_threads
-from boomerang_batch.errors import ShardError, StoppedError, StorageError
+from boomerang_batch.errors import ShardError, StoppedError, StorageError, VerificationError
 from boomerang_batch.run import journal, lease, log_lines
 from boomerang_batch.run.chained import Drawer
-from boomerang_batch.run.coding import FOLDER, Codes, Decoding, Encoding, check_target, codes_home
-from boomerang_batch.run.commit import commit, digest_file, read_marker
+from boomerang_batch.run.coding import Decoding, Encoding, check_target
+from boomerang_batch.run.commit import MARKER_SUFFIX, commit, digest_file, read_marker
 from boomerang_batch.run.decoder import load_decoder
 from boomerang_batch.run.discretion import PLAIN
 from boomerang_batch.run.drawing import Drawing
+from boomerang_batch.run.kept_codes import FOLDER, Codes, codes_home
 from boomerang_batch.run.ledger import Ledger
 from boomerang_batch.run.links import write_links
 from boomerang_batch.run.loading import flags_of, load, stack_of, warnings
@@ -89,12 +90,19 @@ class Runner:
         self._counting = threading.Lock()
         self.facts = WorkerFacts(model_digest=model.digest, stack=stack, warnings=warnings(recipe, model))
 
-    def run(self, task: Task, *, stopped: Callable[[], bool], progress: Callable[[int], None]) -> ShardReport:
+    def run(
+        self,
+        task: Task,
+        *,
+        stopped: Callable[[], bool],
+        progress: Callable[[int], None],
+        coded: Callable[[int], None] = lambda count: None,
+    ) -> ShardReport:
         """Do one task, unless its marker says that it is done.
 
-        `progress` is called with the number of outputs finished so far. Of a shard that can't be read, or
-        of a stop, the report tells; nothing is committed then. Raises StorageError when OUT or the scratch
-        disk fails, and what the engine raises.
+        `progress` is called with the number of outputs finished so far, `coded` with that of codes. Of a shard
+        that can't be read, or of a stop, the report tells; nothing is committed then. Raises StorageError when
+        OUT or the scratch disk fails, and what the engine raises.
         """
         started = time.monotonic()
         there = read_marker(self._spec.out, task.name) if task.phase == "outputs" else None
@@ -105,9 +113,9 @@ class Runner:
         try:
             with log_lines.about(**self._about(task)), scratch_folder() as scratch:
                 if task.phase != "outputs":
-                    self._prepare(task, scratch, stopped)
+                    self._prepare(task, scratch, stopped, coded)
                     return ShardReport(name=task.name, status="done")
-                marker = self._run(task, scratch, stopped, progress)
+                marker = self._run(task, scratch, stopped, progress, coded)
         except StoppedError as error:
             return ShardReport(name=task.name, status="stopped", reason=str(error))
         except ShardError as error:
@@ -154,11 +162,16 @@ class Runner:
         self._decoding.close()
 
     def _run(
-        self, task: Task, scratch: Path, stopped: Callable[[], bool], progress: Callable[[int], None]
+        self,
+        task: Task,
+        scratch: Path,
+        stopped: Callable[[], bool],
+        progress: Callable[[int], None],
+        coded: Callable[[int], None],
     ) -> Marker:
         """Make the outputs and commit them; first the shard's codes, where the method goes by codes."""
         every = self._spec.recipe.run.journal_every * self._spec.recipe.outputs
-        transform = self._transform(task, scratch, stopped)
+        transform = self._transform(task, scratch, stopped, coded)
         with (
             self._ledger(task, scratch) as ledger,
             journal.opened(self._journals, task.name, scratch=scratch, every=every) as kept,
@@ -175,32 +188,43 @@ class Runner:
                 _log_failures(task, ledger)
             return marker
 
-    def _prepare(self, task: Task, scratch: Path, stopped: Callable[[], bool]) -> None:
+    def _prepare(
+        self, task: Task, scratch: Path, stopped: Callable[[], bool], coded: Callable[[int], None]
+    ) -> None:
         """Do a task of a phase that comes before outputs."""
         if self._fitting is None or self._codes_home is None:
             raise RuntimeError(f"method {self._spec.recipe.method} has no phase {task.phase}")
         if task.phase == "fit":
             self._fitting.reduce(task.of, scratch)
         else:
-            self._fitting.add(task.name, self._latents(self._codes_home, task, scratch, stopped))
+            self._fitting.add(task.name, self._latents(self._codes_home, task, scratch, stopped, coded))
 
-    def _transform(self, task: Task, scratch: Path, stopped: Callable[[], bool]) -> Transform:
+    def _transform(
+        self, task: Task, scratch: Path, stopped: Callable[[], bool], coded: Callable[[int], None]
+    ) -> Transform:
         """What makes a task's outputs, by the recipe's method."""
         home, made_with = self._codes_home, self._made_with
         if home is None:
             return Transform(*made_with, flags=self._flags)
         if self._spec.recipe.method in MIXING:
-            latents = self._latents(home, task, scratch, stopped)
+            latents = self._latents(home, task, scratch, stopped, coded)
             if self._fitting is None:
                 return Interpolating(*made_with, flags=self._flags, latents=latents)
             return Generating(*made_with, flags=self._flags, latents=latents, fit=self._fitting.read())
-        codes = self._codes(home, task, scratch, stopped, drawn_by=Encoding)
+        codes = self._codes(home, task, scratch, stopped, coded, drawn_by=Encoding)
         return Decoding(*made_with, flags=self._flags, decoder=self._decoder, codes=codes, wants=task.wants)
 
-    def _latents(self, home: str, task: Task, scratch: Path, stopped: Callable[[], bool]) -> Latents:
+    def _latents(
+        self,
+        home: str,
+        task: Task,
+        scratch: Path,
+        stopped: Callable[[], bool],
+        coded: Callable[[int], None],
+    ) -> Latents:
         """The latents of a task's shard, which are other samples' partners too; and its own, of an appendix."""
         tasks = [*latents_before(home, task), inverting(task)]
-        codes = [self._codes(home, one, scratch, stopped, drawn_by=Inverting) for one in tasks]
+        codes = [self._codes(home, one, scratch, stopped, coded, drawn_by=Inverting) for one in tasks]
         rows = [row for one in tasks for row in rows_of_codes(home, one.name)]
         return Latents(self._spec.recipe, codes, rows)
 
@@ -210,20 +234,36 @@ class Runner:
         task: Task,
         scratch: Path,
         stopped: Callable[[], bool],
+        coded: Callable[[int], None],
         *,
         drawn_by: type[Encoding],
     ) -> Codes:
-        """The codes of a task, drawn and committed now unless they are there."""
-        marker = read_marker(home, task.name)
-        if marker is None:
-            folder = scratch / "encoding"
-            folder.mkdir()
+        """The codes of a task, drawn and committed now unless they are there, whole."""
+        marker, place = read_marker(home, task.name), scratch / f"{FOLDER}-{task.name}"
+        if marker is not None:
+            try:
+                return Codes(home, marker, place)
+            except VerificationError as error:
+                if task.only is not None and not task.only:
+                    raise  # of an earlier appendix, whose samples this task doesn't know
+                # Outputs that are there already were made of what they should: only what follows needs codes.
+                _log.warning("%s: its codes are drawn again", error, extra=PLAIN)
+                shutil.rmtree(place)
+                lease.require(self._spec.out, self._spec.epoch)
+                storage.delete(storage.join(home, task.name + MARKER_SUFFIX))
+        folder, name = scratch / "encoding", task.name + journal.OF_CODES
+        folder.mkdir()
+        every = self._spec.recipe.run.journal_every * self._spec.recipe.outputs
+        with (
+            self._ledger(task, folder) as ledger,
+            journal.opened(self._journals, name, scratch=folder, every=every) as kept,
+        ):
             transform = drawn_by(*self._made_with, decoder=self._decoder)
-            with self._ledger(task, folder) as ledger:
-                self._draw(task, ledger, transform, kept=None, stopped=stopped, progress=lambda count: None)
-                marker = self._commit(ledger, task, folder, out=home)
-            shutil.rmtree(folder)
-        return Codes(home, marker, scratch / f"{FOLDER}-{task.name}")
+            self._draw(task, ledger, transform, kept=kept, stopped=stopped, progress=coded)
+            marker = self._commit(ledger, task, folder, out=home)
+        journal.remove(self._journals, name)
+        shutil.rmtree(folder)
+        return Codes(home, marker, place)
 
     def _ledger(self, task: Task, folder: Path) -> Ledger:
         by_pseudonym = self._spec.recipe.purpose == "anonymize"

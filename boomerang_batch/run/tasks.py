@@ -77,6 +77,8 @@ class WorkerState:
 
     finished: Mapping[str, int] = field(default_factory=dict)
     """Outputs finished so far, by task in flight."""
+    coded: Mapping[str, int] = field(default_factory=dict)
+    """Codes drawn so far, by task in flight."""
     loading_s: float = 0.0
     """How long it has been loading the model; 0 before and after."""
     stalled_s: float = 0.0

@@ -27,8 +27,8 @@ from boomerang_batch.diffusion.latents import Fit, Moments, Standing, fit, merge
 from boomerang_batch.diffusion.noise import Purpose, key_words, normal
 from boomerang_batch.errors import SampleError, ShardError, StorageError
 from boomerang_batch.run import artefacts
-from boomerang_batch.run.coding import Codes
 from boomerang_batch.run.commit import read_marker
+from boomerang_batch.run.kept_codes import Codes
 from boomerang_batch.run.mixing import Latents, Mixing, rows_of_codes
 from boomerang_batch.run.naming import Naming
 from boomerang_batch.run.stages import Mixture, Prepared

@@ -6,14 +6,16 @@ digest and decodes every image. Problems are sentences; an empty list means that
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from boomerang_batch import storage
 from boomerang_batch.config.pipeline import Recipe
 from boomerang_batch.data import images
+from boomerang_batch.data.codes import FIELD
 from boomerang_batch.data.provenance import Marker, Row, pixel_digest, read_rows
 from boomerang_batch.data.shards import Unreadable, read_samples
 from boomerang_batch.errors import SampleError, StorageError, VerificationError
@@ -25,6 +27,7 @@ from boomerang_batch.run.commit import (
     digest_stream,
     read_marker,
 )
+from boomerang_batch.run.kept_codes import MAX_CODE_BYTES, codes_home
 from boomerang_batch.run.keys import KeyRegistry, read_keys
 from boomerang_batch.run.naming import member_key
 from boomerang_batch.run.record import (
@@ -47,8 +50,16 @@ class Verification:
     problems: tuple[str, ...] = field(default_factory=tuple)
 
 
-def verify(out: str, *, deep: bool) -> Verification:
-    """Check a run's output. Raises VerificationError when `out` is not one."""
+Look = Callable[[str, str, Mapping[str, bytes], Row], Iterator[str]]
+"""What is wrong with a sample's fields: by its shard's location, its key, the fields and its row."""
+
+
+def verify(out: str, *, deep: bool, private_dir: str | None = None) -> Verification:
+    """Check a run's output, and the codes that it was made of if it has any.
+
+    Under anonymize codes lie in the `private_dir`, and without that nobody looks at them. Raises
+    VerificationError when `out` is not a run's.
+    """
     record = require_record(out)
     recipe = recorded_recipe(out, record)
     more = appendices(storage.list_names(out))
@@ -65,9 +76,11 @@ def verify(out: str, *, deep: bool) -> Verification:
         rows.update(current_counts(marker.counts, (appendix.counts for appendix in mended)))
         if marker.recipe_digest != record.recipe_digest:
             problems.append(f"shard {stem} was made by another recipe")
+        names, look = more.get(stem, ()), functools.partial(_check_image, recipe) if deep else None
         try:
-            problems += _check_shard(out, stem, marker, recipe, deep=deep)
-            problems += _check_appendices(out, stem, more.get(stem, ()), record, recipe, deep=deep)
+            problems += _check_shard(out, stem, marker, recipe, look)
+            problems += _check_appendices(out, stem, names, record, recipe, look)
+            problems += _check_codes(out, private_dir, (stem, *names), recipe, deep=deep)
             repeated = registry.add(stem, read_keys(out, stem)) if recipe.identity == "key" else None
             problems += [repeated] if repeated else []
         except (StorageError, VerificationError) as error:
@@ -76,7 +89,7 @@ def verify(out: str, *, deep: bool) -> Verification:
 
 
 def _check_appendices(
-    out: str, stem: str, names: Sequence[str], record: RunRecord, recipe: Recipe, *, deep: bool
+    out: str, stem: str, names: Sequence[str], record: RunRecord, recipe: Recipe, look: Look | None
 ) -> Iterator[str]:
     """Everything that can be wrong with a shard's appendices."""
     status = {(row.key, row.variant): row.status for row in _rows(out, stem)} if names else {}
@@ -85,15 +98,32 @@ def _check_appendices(
         if marker is None or marker.recipe_digest != record.recipe_digest:
             yield f"shard {name} has no marker of this run's recipe"
             continue
-        yield from _check_shard(out, name, marker, recipe, deep=deep)
+        yield from _check_shard(out, name, marker, recipe, look)
         for row in _rows(out, name):
             if row.status != "original" and status.get((row.key, row.variant)) != "failed":
                 yield f"shard {name}: key {row.key}, variant {row.variant} takes the place of no failed row"
             status[row.key, row.variant] = row.status
 
 
-def _check_shard(out: str, stem: str, marker: Marker, recipe: Recipe, *, deep: bool) -> Iterator[str]:
-    """Everything that can be wrong with one committed shard."""
+def _check_codes(
+    out: str, private_dir: str | None, names: Sequence[str], recipe: Recipe, *, deep: bool
+) -> Iterator[str]:
+    """Everything that can be wrong with the codes that shards were made of."""
+    if recipe.method == "boomerang" or (recipe.purpose == "anonymize" and private_dir is None):
+        return
+    home = codes_home(recipe, out, private_dir)
+    for name in names:
+        marker = read_marker(home, name)
+        if marker is None:
+            yield f"{home}: there are no codes of shard {name}, though it was made of them"
+        elif marker.recipe_digest != recipe.digest:
+            yield f"{home}: the codes of shard {name} were drawn by another recipe"
+        else:
+            yield from _check_shard(home, name, marker, recipe, _check_code if deep else None)
+
+
+def _check_shard(out: str, stem: str, marker: Marker, recipe: Recipe, look: Look | None) -> Iterator[str]:
+    """Everything that can be wrong with one committed shard; without `look` not reading all of it."""
     files = (
         (TAR_SUFFIX, marker.tar_sha256, marker.tar_bytes),
         (PROVENANCE_SUFFIX, marker.parquet_sha256, marker.parquet_bytes),
@@ -106,7 +136,7 @@ def _check_shard(out: str, stem: str, marker: Marker, recipe: Recipe, *, deep: b
         if storage.size(url) != size_bytes:
             yield f"{url} has {storage.size(url)} bytes, its marker says {size_bytes}"
             return
-        if deep:
+        if look is not None:
             with storage.open_read(url) as stream:
                 if digest_stream(stream).sha256 != sha256:
                     yield f"{url} does not have the digest its marker says"
@@ -119,20 +149,26 @@ def _check_shard(out: str, stem: str, marker: Marker, recipe: Recipe, *, deep: b
     }
     url = storage.join(out, stem + TAR_SUFFIX)
     with storage.open_read(url) as stream:
-        for item in read_samples(stream, shard=url):
+        for item in read_samples(stream, shard=url, max_member_bytes=MAX_CODE_BYTES):
             if isinstance(item, Unreadable):
                 yield f"{url}: {item.reason} at offset {item.offset}: {item.detail}"
                 continue
             row = expected.pop(item.key, None)
             if row is None:
                 yield f"{url}: sample {item.key} has no provenance row"
-            elif deep:
-                yield from _check_image(url, item.key, item.fields, row, recipe)
+            elif look is not None:
+                yield from look(url, item.key, item.fields, row)
     for key in expected:
         yield f"{url}: sample {key} is missing"
 
 
-def _check_image(url: str, key: str, fields: Mapping[str, bytes], row: Row, recipe: Recipe) -> Iterator[str]:
+def _check_code(url: str, key: str, fields: Mapping[str, bytes], row: Row) -> Iterator[str]:
+    """A code's bytes against its row."""
+    if hashlib.sha256(fields.get(FIELD, b"")).hexdigest() != row.output_digest:
+        yield f"{url}: the code of {key} does not have the digest of its row"
+
+
+def _check_image(recipe: Recipe, url: str, key: str, fields: Mapping[str, bytes], row: Row) -> Iterator[str]:
     """The output image's bytes and pixels against its row."""
     found = [name for name, data in fields.items() if hashlib.sha256(data).hexdigest() == row.output_digest]
     if not found:

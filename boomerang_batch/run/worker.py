@@ -7,6 +7,7 @@ constructor, because an error in a constructor reaches the driver only as a dead
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
@@ -36,6 +37,7 @@ class Worker:
         self._load_began: float | None = None
         self._stop = threading.Event()
         self._finished: dict[str, int] = {}
+        self._coded: dict[str, int] = {}
         self._metrics = Exporter()
 
     @ray.method(concurrency_group="work")
@@ -53,11 +55,13 @@ class Worker:
         if self._runner is None:
             raise RuntimeError("run was called before load")
 
-        def progress(finished: int) -> None:
-            self._finished[task.name] = finished
-
         try:
-            return self._runner.run(task, stopped=self._stop.is_set, progress=progress)
+            return self._runner.run(
+                task,
+                stopped=self._stop.is_set,
+                progress=functools.partial(self._finished.__setitem__, task.name),
+                coded=functools.partial(self._coded.__setitem__, task.name),
+            )
         except Exception as error:
             if not log_lines.hides(error):
                 raise
@@ -67,6 +71,7 @@ class Worker:
             failure = kind(log_lines.words(error))
         finally:
             self._finished.pop(task.name, None)
+            self._coded.pop(task.name, None)
             self._metrics.export(self._runner.totals)  # nobody may ask it again
         raise failure
 
@@ -78,6 +83,7 @@ class Worker:
         began = self._load_began
         return WorkerState(
             finished=dict(self._finished),
+            coded=dict(self._coded),
             loading_s=0.0 if began is None else time.monotonic() - began,
             stalled_s=0.0 if self._runner is None else self._runner.stalled_s,
             node=ray.get_runtime_context().get_node_id(),
