@@ -417,13 +417,15 @@ def test_what_is_said_leads_to_where_all_is_told(planted: Planted, anonymized: O
 
 
 def test_no_trace_is_said_in_text_or_in_the_report_either(planted: Planted, tiny_model: Path, tmp_path: Path):
-    """Nor by a manifest that is refused, whose own name stands in the command."""
+    """Nor by a manifest that is refused, but for its own name, which stands in the command."""
     output = run(tmp_path / "text", tiny_model, planted.manifest, *POLICY, log_format="text")
     assert found_in(output.out, traces(planted), output.said) == {}
     torn = tmp_path / f"{planted.marks['the manifest']}.yaml"
     torn.write_text(planted.manifest.read_text().replace(".tar", ".rar"))
     refused = run(tmp_path / "refused", tiny_model, torn, exit_code=2, log_format="text")
-    assert found_in(tmp_path / "nowhere", traces(planted), refused.said) == {}
+    assert found_in(tmp_path / "nowhere", traces(planted), refused.said).keys() == {"the manifest"}
+    assert refused.stderr.count(planted.marks["the manifest"]) == 1
+    assert f"error: ManifestError: {torn}: [private]; what is [private] stands in " in refused.stderr
     assert not refused.out.exists()
     (kept,) = (refused.private / "logs").iterdir()
     assert planted.marks["shard 0"] in kept.read_text()

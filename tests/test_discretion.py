@@ -11,15 +11,25 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import boomerang_batch
 from boomerang_batch import errors
-from boomerang_batch.errors import BoomerangError, LeaseError, ManifestError, StorageError
+from boomerang_batch.errors import (
+    BoomerangError,
+    LeaseError,
+    ManifestError,
+    RecipeError,
+    StorageError,
+    VerificationError,
+)
 from boomerang_batch.run import log_lines
 from boomerang_batch.run.discretion import HIDDEN, PLAIN, Discretion
+from boomerang_batch.run.keys import KeyRegistry
 from boomerang_batch.run.log_lines import set_up
 from boomerang_batch.run.logs import KeptLog, discretion_of_worker
 from boomerang_batch.run.metrics import COUNTERS, GAUGES
@@ -119,6 +129,44 @@ def test_errors_are_said_by_their_kind():
 )
 def test_of_a_store_it_is_said_what_is_about_the_places_of_the_command(text, seen):
     assert (discretion().words(StorageError(text)) == text) is seen
+
+
+@pytest.mark.parametrize(
+    ("text", "seen"),
+    [
+        ("s3://b/out/0f3a.parquet is not a provenance file: torn", True),
+        (f"{MARK} is not a provenance file: torn", False),
+    ],
+)
+def test_what_is_wrong_with_a_file_of_out_is_said(text, seen):
+    assert (discretion().words(VerificationError(text)) == text) is seen
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        (f"in/m.yaml: shards[0]: {MARK}", "in/m.yaml: "),
+        (f"{Path('in/m.yaml').absolute()}: shards[0]: {MARK}", "in/m.yaml: "),
+        (f"in/m.yaml.old: {MARK}", ""),
+        (f"{MARK} in/m.yaml: is wrong", ""),
+        (f"s3://b/out/{MARK} lies in OUT", "s3://b/out: "),
+    ],
+)
+def test_of_what_the_user_typed_the_name_is_said_and_no_more(text, named):
+    """It stands in the command, and tells which of the files was meant."""
+    said = discretion().words(ManifestError(text))
+    assert said == f"ManifestError: {named}{HIDDEN}; {discretion().notice}"
+
+
+def test_a_key_in_two_shards_of_out_is_said(tmp_path: Path):
+    """Keys and shards go by their names in OUT: whoever reads it can mend the recipe."""
+    for stem in ("0f3a", "77be"):
+        pq.write_table(pa.table({"key": ["pseudonym"]}), tmp_path / f"{stem}.parquet")
+    registry = KeyRegistry(str(tmp_path))
+    assert registry.add("0f3a", ["pseudonym"]) is None
+    said = discretion().words(RecipeError(registry.add("77be", ["pseudonym"])))
+    assert "key pseudonym is in shard " in said
+    assert "set identity: shard+key" in said
 
 
 def test_a_traceback_keeps_its_places_and_loses_its_words():

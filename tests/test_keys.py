@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from boomerang_batch.errors import ManifestError, StoppedError, VerificationError
+from boomerang_batch.errors import RecipeError, StoppedError, VerificationError
 from boomerang_batch.run import keys as module
 from boomerang_batch.run.keys import KeyRegistry, KeyWatch
 
@@ -72,7 +72,7 @@ def test_shards_without_a_key_are_nothing_special(tmp_path: Path):
 
 
 def watch(out: Path, *stems: str) -> None:
-    with KeyWatch(str(out), manifest="photos") as keys:
+    with KeyWatch(str(out)) as keys:
         for stem in stems:
             keys.add(stem)
         keys.finish(threading.Event())
@@ -84,7 +84,7 @@ def test_the_watch_finds_one_among_many(tmp_path: Path):
         put(tmp_path, stem, f"{number}", f"{number}b", None)
     put(tmp_path, "bad", "new", "17b")
     watch(tmp_path, *stems)
-    with pytest.raises(ManifestError, match="photos: key 17b is in shard"):
+    with pytest.raises(RecipeError, match="key 17b is in shard"):
         watch(tmp_path, "bad", *stems)
 
 
@@ -99,10 +99,10 @@ def test_the_watch_tells_before_the_end(tmp_path: Path):
     put(tmp_path, "without", None)
     put(tmp_path, "one", "a")
     put(tmp_path, "two", "a")
-    with KeyWatch(str(tmp_path), manifest="photos") as keys:
+    with KeyWatch(str(tmp_path)) as keys:
         keys.add("one")
         keys.add("two")
-        with pytest.raises(ManifestError, match="key a"):
+        with pytest.raises(RecipeError, match="key a"):
             _add_for(keys, "without", seconds=20)
 
 
@@ -111,7 +111,7 @@ def test_a_stop_ends_the_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     asked, go_on = threading.Event(), threading.Event()
     monkeypatch.setattr(module, "read_keys", lambda out, stem: asked.set() or (go_on.wait(60) and []))
     stop = threading.Event()
-    with KeyWatch(str(tmp_path), manifest="photos") as keys:
+    with KeyWatch(str(tmp_path)) as keys:
         keys.add("one")
         assert asked.wait(20)
         threading.Timer(0.3, stop.set).start()

@@ -16,7 +16,7 @@ import pytest
 from boomerang_batch import storage
 from boomerang_batch.data.manifest import load_manifest
 from boomerang_batch.data.provenance import read_rows
-from boomerang_batch.errors import ConfigError, ManifestError, PrivateDirError, RunMismatchError
+from boomerang_batch.errors import ConfigError, PrivateDirError, RecipeError, RunMismatchError
 from boomerang_batch.run.inline import InlinePool
 from boomerang_batch.run.private import load_secret
 from boomerang_batch.run.runner import Runner
@@ -188,9 +188,9 @@ def test_keys_that_repeat_across_shards_make_the_output_unfit(tmp_path: Path, ti
     folder = tmp_path / "in"
     manifest = worlds.save_shards(folder, shards=2, samples=2)
     worlds.write_tar(folder / "s-001.tar", worlds.sample_members("img00001", 9))
-    with pytest.raises(ManifestError, match=r"img00001.*shard\+key"):
+    with pytest.raises(RecipeError, match=r"img00001.*shard\+key"):
         worlds.run(worlds.recipe(tiny_model, purpose="augment"), manifest, tmp_path / "out")
-    with pytest.raises(ManifestError, match="same noise"):
+    with pytest.raises(RecipeError, match="same noise"):
         worlds.run(worlds.recipe(tiny_model), manifest, tmp_path / "anonymized")
     for identity in ("shard+key", "content"):
         recipe = worlds.recipe(tiny_model, f"identity={identity}")

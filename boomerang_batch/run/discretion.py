@@ -3,7 +3,8 @@
 What a run says on its terminal, or in the log of a job, is read by others than its private dir is, and outlives
 it. So of a log record only this program's own words, numbers and names in OUT are said. Text from elsewhere
 (the URL or key of an input, a library's message, the words of an error) is [private]: it stands in the private
-dir's log alone. A traceback keeps its places in the code.
+dir's log alone. Of an error about a place that the command itself names, OUT or the manifest, that name is
+said. A traceback keeps its places in the code.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from boomerang_batch.errors import (
     MeasureError,
     StoppedError,
     StorageError,
+    VerificationError,
 )
 
 HIDDEN = "[private]"
@@ -64,14 +66,16 @@ class Discretion:
 
     def words(self, error: BaseException) -> str:
         """What an error says, as it may be said."""
-        if self.hides(error):
-            return f"{type(error).__name__}: {HIDDEN}; {self.notice}"
-        return str(error)
+        if not self.hides(error):
+            return str(error)
+        about = self._about(error)
+        place = "" if about is None else f"{self._places[about[3]]}: "
+        return f"{type(error).__name__}: {place}{HIDDEN}; {self.notice}"
 
     def hides(self, error: BaseException) -> bool:
         """Whether an error's words might quote an input."""
-        if isinstance(error, StorageError):
-            return re.match(rf"{self._place}([/: ]|$)", str(error)) is None
+        if isinstance(error, StorageError | VerificationError):
+            return self._about(error) is None
         return isinstance(error, ManifestError) or not isinstance(error, _OF_THE_USERS_OWN)
 
     def places(self, error: BaseException) -> str:
@@ -89,17 +93,28 @@ class Discretion:
             return value
         return value if isinstance(value, int | float) else HIDDEN
 
+    def _about(self, error: BaseException) -> re.Match[str] | None:
+        """That an error is about a place that may be named, if it is: the third group has it."""
+        return re.match(rf"{self._place}([/: ]|$)", str(error))
+
     @property
     def _place(self) -> str:
-        """What begins with a place that may be named, or is a store's error about it, as a pattern.
+        """What begins with a place that may be named, or is an error about it, as a pattern.
 
-        Such an error is about one place, and no input lies in OUT.
+        Such an error of a store, or about what is in OUT, is about one place, and no input lies in OUT.
         """
+        return rf"(can't (\w+ )+)?({'|'.join(map(re.escape, self._places))})"
+
+    @property
+    def _places(self) -> Mapping[str, str]:
+        """Every place that may be named, and as the user wrote it."""
         from boomerang_batch import storage  # not for --help
 
-        known = {place for name in self.named for place in (name, storage.absolute(name))}
-        places = "|".join(re.escape(storage.without_secrets(place).rstrip("/")) for place in known)
-        return rf"(can't (\w+ )+)?({places})"
+        return {
+            storage.without_secrets(place).rstrip("/"): storage.without_secrets(name)
+            for name in self.named
+            for place in (name, storage.absolute(name))
+        }
 
 
 def is_ours(record: logging.LogRecord) -> bool:

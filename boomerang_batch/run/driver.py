@@ -163,7 +163,7 @@ def _work(
     comparing = request.recipe.identity == "key" and (bool(todo) or not markers.compared)
     with (
         Telemetry(shards=len(tasks), quiet=request.quiet) as telemetry,
-        KeyWatch(storage.absolute(out), manifest=request.manifest.name) as keys,
+        KeyWatch(storage.absolute(out)) as keys,
     ):
         telemetry.resumed(before.done)
         for report in before.done if comparing else ():

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from boomerang_batch import storage
-from boomerang_batch.errors import ManifestError, StoppedError, VerificationError
+from boomerang_batch.errors import RecipeError, StoppedError, VerificationError
 from boomerang_batch.run.commit import PROVENANCE_SUFFIX
 
 _READERS = 8
@@ -75,9 +75,8 @@ class KeyRegistry:
 class KeyWatch:
     """Compares the keys of done shards on threads of its own, as long as the `with` block lasts."""
 
-    def __init__(self, out: str, *, manifest: str) -> None:
-        """`manifest` is the name to give in a message."""
-        self._out, self._manifest = out, manifest
+    def __init__(self, out: str) -> None:
+        self._out = out
         self._registry = KeyRegistry(out)
         self._adding = threading.Lock()
         self._stems: queue.SimpleQueue[str | None] = queue.SimpleQueue()
@@ -107,7 +106,7 @@ class KeyWatch:
     def finish(self, stop: threading.Event) -> None:
         """Wait until all is compared.
 
-        Raises StoppedError where `stop` is set before that, ManifestError for a key that is in two shards, and
+        Raises StoppedError where `stop` is set before that, RecipeError for a key that is in two shards, and
         StorageError or VerificationError for a provenance file that can't be read.
         """
         for _ in self._readers:
@@ -133,7 +132,7 @@ class KeyWatch:
                 with self._adding:
                     repeated = self._registry.add(stem, keys)
                 if repeated:
-                    raise ManifestError(f"{self._manifest}: {repeated}")
+                    raise RecipeError(repeated)  # which names what OUT names, and may be said anywhere
             except Exception as problem:
                 self._problem = self._problem or problem
                 self._over.set()
