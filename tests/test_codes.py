@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from boomerang_batch.diffusion.boomerang import boomerang
-from boomerang_batch.diffusion.codes import Code, decode, encode, inverted, noise_maps
+from boomerang_batch.diffusion.codes import Code, decode, encode, flipped, inverted, noise_maps, shifted
 from boomerang_batch.diffusion.samplers import Column, Solver, build_solver
 from boomerang_batch.diffusion.schedule import Schedule, build_schedule
 from tests.oracles import Oracle, SequentialNoise, linear_levels, scalar_gaussian_oracle
@@ -142,14 +142,36 @@ def test_what_the_papers_codes_drop_is_the_last_steps_residual(path):
     assert rms(less - whole) == pytest.approx(math.sqrt(s2 * s**2 / (a**2 * s2 + s**2)), rel=0.02)
 
 
+@pytest.mark.parametrize("axis", ["horizontal", "vertical"])
 @pytest.mark.parametrize("path", PATHS)
-def test_a_mirrored_code_is_the_code_of_the_mirrored_image(path):
+def test_a_mirrored_code_is_the_code_of_the_mirrored_image(path, axis):
     schedule, solver = walk(700, 25, 1.0)
     x_0 = normals(1)
     code = encode(x_0, bent_oracle(), schedule, solver, SequentialNoise(x_0, 2), [None] * 4, path=path)
-    mirrored = Code(x_n=code.x_n.flip(-1), residuals=code.residuals.flip(-1))
-    found = decode(mirrored, bent_oracle(), schedule, solver, [None] * 4)
-    assert rms(found - x_0.flip(-1)) < 1e-10
+    found = decode(flipped(code, axis), bent_oracle(), schedule, solver, [None] * 4)
+    assert rms(found - x_0.flip(-1 if axis == "horizontal" else -2)) < 1e-10
+
+
+@pytest.mark.parametrize("over", [(0.0, 1.0), (0.3, 0.6), (0.0, 0.05)])
+@pytest.mark.parametrize("path", PATHS)
+def test_shifted_maps_move_each_channel_by_what_the_closed_form_says(path, over):
+    """Steps of Gaussian data multiply by A: what node i is given is worth zeta_i A_1 ... A_{i-1} in the end."""
+    s2, by = 0.3, torch.tensor([0.5, -0.2], dtype=torch.float64)
+    schedule, solver = walk(700, 25, 1.0)
+    x_0 = math.sqrt(s2) * normals(3, (5, 2, 3, 3))
+    oracle = Oracle(lambda x, a, s: x * a * s2 / (a**2 * s2 + s**2), SHAPE[1:], LINEAR)
+    code = encode(x_0, oracle, schedule, solver, SequentialNoise(x_0, 4), [None] * 5, path=path)
+    moved = shifted(code, solver, by, over=over)
+    found = decode(moved, oracle, schedule, solver, [None] * 5)
+    a, s, below = schedule.alpha[1:], schedule.sigma[1:], schedule.alpha[:-1]
+    shrink = a * s2 / (a**2 * s2 + s**2)
+    mean = below * shrink + solver[Column.DIRECTION][1:] * (1 - a * shrink) / s
+    gain = torch.cat([torch.ones(1, dtype=torch.float64), mean.cumprod(0)[:-1]])
+    inside = torch.tensor([over[0] <= i / schedule.n <= over[1] for i in range(1, schedule.n + 1)])
+    worth = float((solver[Column.NOISE][1:] * gain * inside).sum())
+    assert rms(found - x_0 - worth * by.view(2, 1, 1)) < 1e-10
+    alone = Code(x_n=code.x_n[0], residuals=code.residuals[:, 0])
+    assert torch.equal(shifted(alone, solver, by, over=over).residuals, moved.residuals[:, 0])
 
 
 # --- DDIM inversion ---

@@ -70,6 +70,33 @@ def test_a_target_changes_what_was_not_it_and_nothing_else(tmp_path, tiny_model,
     assert {row.label for row in worlds.rows(out)} == {2}
 
 
+@pytest.mark.slow
+def test_several_variants_are_several_counterparts(tmp_path, tiny_model, manifest):
+    out = tmp_path / "out"
+    worlds.run(coded(tiny_model, "edit-friendly", OTHER, "variants=4"), manifest, out)
+    shown = worlds.outputs(out)
+    for number in range(6):
+        if number % worlds.CLASSES != 2:
+            found = {shown[f"img{number:05d}-v{variant}"]["png"] for variant in range(4)}
+            assert len(found) == 4
+
+
+@pytest.mark.slow
+def test_a_shift_of_the_maps_moves_the_colours_of_every_output(tmp_path, tiny_model, manifest):
+    outs = {}
+    for by in (0.0, 0.3):
+        out = outs[by] = tmp_path / f"out{by}"
+        recipe = coded(tiny_model, "edit-friendly", f"target.shift.by=[{by}]")
+        assert worlds.run(recipe, manifest, out).rows == {"ok": 6}
+    assert max(changes(outs[0.0]).values()) <= 1
+    assert min(changes(outs[0.3]).values()) > 3
+    wrong = coded(tiny_model, "edit-friendly", "target.shift.by=[0.1, 0.2]")
+    with pytest.raises(ConfigError, match="have 1 channels"):
+        worlds.run(wrong, manifest, tmp_path / "wrong")
+    with pytest.raises(RecipeError, match="in other colours"):
+        coded(tiny_model, "edit-friendly", "target.shift.by=[0.1]", purpose="anonymize")
+
+
 def test_the_target_may_be_a_field_of_each_sample(tmp_path, tiny_model):
     samples = {f"img{i}": {"png": worlds.png(i), "cls": b"0", "to.cls": str(i).encode()} for i in (1, 2, 7)}
     manifest = worlds.save_samples(tmp_path / "in", samples)

@@ -132,7 +132,7 @@ _FEATURES: Mapping[str, Feature] = {
     **dict.fromkeys(
         (
             *(f"target.{name}" for name in ("label", "prompt", "field", "guidance")),
-            *(f"target.{name}" for name in ("trials", "select", "classifier")),
+            *(f"target.{name}" for name in ("trials", "select", "classifier", "shift.by", "shift.over")),
             *(f"target.refine.{name}" for name in ("steps", "eta", *(f"t.{unit}" for unit in _UNITS))),
         ),
         _OF_CODES,

@@ -158,6 +158,11 @@ class Recipe(Block):
                 "target.model: how near another model leads back to a source nobody can tell beforehand, so "
                 "purpose anonymize decodes with the model itself"
             )
+        if self.purpose == "anonymize" and self.target is not None and not self.target.tells:
+            raise ValueError(
+                "target.shift alone gives back the input in other colours: say what it is to become, by label, "
+                "prompt or field"
+            )
         nearest = self.target is not None and self.target.trials > 1 and self.target.select == "nearest"
         if self.purpose == "anonymize" and nearest:
             raise ValueError(

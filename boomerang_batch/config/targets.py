@@ -38,6 +38,23 @@ class Refine(Block):
     eta: float = Field(1.0, ge=0, le=1)
 
 
+class Shift(Block):
+    """What is added to a code's noise maps."""
+
+    by: tuple[float, ...] = Field(
+        min_length=1, max_length=64, description="one number for each channel of the state, in noise of a step"
+    )
+    over: tuple[float, float] = Field(
+        (0.0, 1.0), description="from which share of the walk to which; 0 is its end, the image"
+    )
+
+    @model_validator(mode="after")
+    def _ascends(self) -> Shift:
+        if not 0 <= self.over[0] < self.over[1] <= 1:
+            raise ValueError("over takes the lower and the higher share of the walk, from 0 to 1")
+        return self
+
+
 class Target(Block):
     """What a code is decoded to, instead of to its own image."""
 
@@ -48,6 +65,7 @@ class Target(Block):
         None, ge=0, description="classifier-free guidance weight while decoding; null: the model's own"
     )
     model: ModelSpec | None = Field(None, description="another model to decode with; null: `model`")
+    shift: Shift | None = Field(None, description="what moves the colours of what is decoded; null: nothing")
     trials: int = Field(1, ge=1, le=256, description="codes drawn of each variant, of which the best is kept")
     select: Literal["nearest", "class"] = Field(
         "nearest", description="the best: that comes nearest to the source, or is surest of the target's class"
@@ -58,8 +76,8 @@ class Target(Block):
     @model_validator(mode="after")
     def _one_target(self) -> Target:
         told = 3 - [self.label, self.prompt, self.field].count(None)
-        if told > 1 or (not told and self.model is None):
-            raise ValueError("a target is one of label, prompt and field, or another model")
+        if told > 1 or (not self.tells and self.model is None and self.shift is None):
+            raise ValueError("a target is one of label, prompt and field, or another model, or a shift")
         return self
 
     @model_validator(mode="after")
@@ -84,6 +102,11 @@ class Target(Block):
                 "outputs are shown to the recipe's own model.safety: remove safety from the target"
             )
         return self
+
+    @property
+    def tells(self) -> bool:
+        """Whether it says what samples become, and not with what or in which colours alone."""
+        return [self.label, self.prompt, self.field].count(None) < 3
 
     def canonical(self) -> dict[str, Any]:
         """What of it enters the recipe's canonical form: what came later only where it says something."""

@@ -152,3 +152,25 @@ def noise_maps(code: Code, solver: Solver) -> Tensor:
         raise ValueError("a code without residuals has no noise maps")
     scale = solver[Column.NOISE].to(code.residuals.dtype).view(-1, 1, 1, 1, 1)
     return torch.where(scale > 0, code.residuals / torch.where(scale > 0, scale, 1), 0)
+
+
+def flipped(code: Code, axis: Literal["horizontal", "vertical"]) -> Code:
+    """The code mirrored: as far as the denoiser does not tell left from right, that of the mirrored image."""
+    side = -1 if axis == "horizontal" else -2
+    residuals = None if code.residuals is None else code.residuals.flip(side)
+    return Code(x_n=code.x_n.flip(side), residuals=residuals)
+
+
+def shifted(code: Code, solver: Solver, by: Tensor, *, over: tuple[float, float] = (0.0, 1.0)) -> Code:
+    """The code with `by` (C,) added to its noise maps, which moves colours (as in arXiv 2304.06140).
+
+    `over` says at which of the walk's nodes, as shares of it: 0 is its end, the image, 1 where it begins.
+    """
+    if code.residuals is None:
+        raise ValueError("a code without residuals has no noise maps")
+    n, low, high = len(code.residuals) - 1, *over
+    within = [low * n <= i <= high * n for i in range(n + 1)]
+    scale = solver[Column.NOISE] * torch.tensor(within)
+    added = scale.view(-1, 1) * by.double()
+    shape = (n + 1, *[1] * (code.x_n.ndim - 3), len(by), 1, 1)
+    return Code(x_n=code.x_n, residuals=code.residuals + added.view(shape).to(code.residuals))

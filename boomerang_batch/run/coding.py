@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
+import torch
 
 from boomerang_batch.config.pipeline import ClassLabels, ModelSpec, Recipe
 from boomerang_batch.data import fields
 from boomerang_batch.data.codes import FIELD, check_codes, code_bytes, load_codes
 from boomerang_batch.data.shards import Sample, check_name
-from boomerang_batch.diffusion.codes import Code
+from boomerang_batch.diffusion.codes import Code, shifted
 from boomerang_batch.diffusion.denoiser import DenoiserSpec, Told
 from boomerang_batch.diffusion.engine import Draw, Walk
 from boomerang_batch.diffusion.noise import derived_key
@@ -106,7 +107,15 @@ class _Coded(Transform):
         for draw in Transform.draws(self, prepared):
             if draw.tag.variant == variant:
                 tag = dataclasses.replace(draw.tag, trial=trial)
-                yield dataclasses.replace(draw, tag=tag, code=codes[draw.tag.index])
+                code = self._moved(codes[draw.tag.index], draw.walk)
+                yield dataclasses.replace(draw, tag=tag, code=code)
+
+    def _moved(self, code: Code, walk: Walk) -> Code:
+        """A code with its colours moved, where the recipe wants them to be."""
+        shift = None if self._recipe.target is None else self._recipe.target.shift
+        if shift is None:
+            return code
+        return shifted(code, walk.solver, torch.tensor(shift.by), over=shift.over)
 
     def _target(self, sample: Sample, source: Told) -> Told:
         """What the sample is to become; what it is, where the recipe has no target."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from boomerang_batch.config.pipeline import ModelSpec, Recipe, Sampler
-from boomerang_batch.config.targets import Refine
+from boomerang_batch.config.targets import Refine, Shift
 from boomerang_batch.diffusion.denoiser import Denoiser, DenoiserSpec
 from boomerang_batch.diffusion.energy import EnergyGuided
 from boomerang_batch.diffusion.engine import Engine
@@ -63,6 +63,8 @@ def load_decoder(recipe: Recipe, encoding: Engine, *, device: str, threads: int)
             lambda: _load(recipe, asked, encoding, device=device, threads=threads), name="boomerang-load"
         )
     model = engine.denoiser.spec
+    if target is not None and target.shift is not None:
+        _check_shift(target.shift, engine.denoiser, probes(recipe, model, engine.device)[0])
     return engine, Decoder(
         asked=asked,
         model=model,
@@ -135,6 +137,16 @@ def _differences(model: DenoiserSpec, source: DenoiserSpec) -> Iterator[str]:
                 f"noise levels (at timestep {at + 1} sigma is {float(theirs.relative_sigma[at]):.4g} of the "
                 f"target's model, {float(ours.relative_sigma[at]):.4g} of the recipe's)"
             )
+
+
+def _check_shift(shift: Shift, denoiser: Denoiser, images: torch.Tensor) -> None:
+    with torch.inference_mode():
+        channels = denoiser.encode(images[:1]).shape[1]
+    if len(shift.by) != channels:
+        raise ConfigError(
+            f"target.shift.by has {len(shift.by)} numbers, and the model's states have {channels} channels: "
+            "give one for each"
+        )
 
 
 def _check_states(denoiser: Denoiser, source: Denoiser, samples: list[torch.Tensor]) -> None:
