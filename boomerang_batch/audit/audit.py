@@ -30,6 +30,7 @@ from boomerang_batch.errors import ConfigError, MeasureError
 from boomerang_batch.measures import classifiers as makers
 from boomerang_batch.measures import embedders as known
 from boomerang_batch.measures.ceiling import exceeds
+from boomerang_batch.measures.given import Introduced
 from boomerang_batch.measures.intervals import Rate
 from boomerang_batch.run.progress import Looks
 from boomerang_batch.run.record import require_record
@@ -132,7 +133,7 @@ def _classifiers(request: AuditRequest) -> list[makers.Classifier]:
     return [makers.load(name) for name in request.classifiers]
 
 
-def _introduced(made: Sequence[known.Embedder | makers.Classifier]) -> tuple[Embedding, ...]:
+def _introduced(made: Sequence[Introduced]) -> tuple[Embedding, ...]:
     return tuple(Embedding(name=one.name, digest=one.digest, licence=one.licence) for one in made)
 
 

@@ -17,29 +17,14 @@ import numpy as np
 
 from boomerang_batch import installed
 from boomerang_batch.errors import ConfigError, MeasureError
-from boomerang_batch.measures.given import answers, introduced
+from boomerang_batch.measures.given import Introduced, answers, introduced
 from boomerang_batch.measures.images import Images
 
 GROUP = "boomerang_batch.classifiers"
 
 
-class Classifier(Protocol):
+class Classifier(Introduced, Protocol):
     """Images to labels. It may have `probability(images, label)`, a number from 0 to 1 for each image."""
-
-    @property
-    def name(self) -> str:
-        """A word for tables: what it told is named after it."""
-        ...
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 (hex) of its weights."""
-        ...
-
-    @property
-    def licence(self) -> str:
-        """Of its weights and code, as a short name."""
-        ...
 
     def classify(self, images: Images) -> Sequence[str]:
         """The label of each image (N, H, W, C), written as the records' are."""

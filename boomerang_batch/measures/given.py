@@ -10,7 +10,7 @@ import functools
 import re
 from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint
-from typing import Any
+from typing import Any, Protocol
 
 from boomerang_batch import installed
 from boomerang_batch.errors import ConfigError, MeasureError
@@ -18,6 +18,25 @@ from boomerang_batch.measures.images import Images, check_images
 
 BATCH = 32
 """Images that one gets at a time: what it needs then doesn't grow with the number of images."""
+
+
+class Introduced(Protocol):
+    """Who it is, whatever it says of images."""
+
+    @property
+    def name(self) -> str:
+        """A word for tables: what it told is named after it."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of what decides on its answers: weights, and what was fitted."""
+        ...
+
+    @property
+    def licence(self) -> str:
+        """Of its weights and code, as a short name."""
+        ...
 
 
 def introduced(

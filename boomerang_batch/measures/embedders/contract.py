@@ -17,30 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from boomerang_batch.errors import ConfigError, MeasureError
-from boomerang_batch.measures.given import answers, introduced
+from boomerang_batch.measures.given import Introduced, answers, introduced
 from boomerang_batch.measures.images import Images
 
 Features = NDArray[np.float32]
 """(N, d); a row of NaN: nothing was found in that image."""
 
 
-class Embedder(Protocol):
+class Embedder(Introduced, Protocol):
     """Images to features whose Euclidean distances mean something."""
-
-    @property
-    def name(self) -> str:
-        """A word for tables: measures on its features are named after it."""
-        ...
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 (hex) of what decides on the features: weights, and what was fitted."""
-        ...
-
-    @property
-    def licence(self) -> str:
-        """Of its weights and code, as a short name."""
-        ...
 
     def embed(self, images: Images) -> Features:
         """The features (N, d) of images (N, H, W, C), each row decided by its own image alone."""
