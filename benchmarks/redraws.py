@@ -13,12 +13,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 
 from boomerang_batch.config.pipeline import Recipe
 from boomerang_batch.data import geometry, images
+from boomerang_batch.diffusion.denoiser import Guided
 from boomerang_batch.diffusion.draws import Draw, Walk
 from boomerang_batch.diffusion.engine import Engine
 from boomerang_batch.diffusion.noise import noise_key, seed_material
@@ -47,25 +49,36 @@ def outputs_of(
     seed: int,
     policy: geometry.ResizePolicy,
     labels: Sequence[int] | None = None,
+    about: Sequence[int] | Literal["source"] | None = None,
 ) -> np.ndarray:
-    """What the walk makes of those of uint8 `sources` (N, H, W, C) that have these numbers."""
+    """What the walk makes of those of uint8 `sources` (N, H, W, C) that have these numbers.
+
+    about: for an engine that an energy guides, the class that each is led to, or away from its own source.
+    """
     model = engine.denoiser.spec
     placed = {
         number: geometry.place(sources[number], size=(model.height, model.width), policy=policy)
         for number in numbers
     }
-    draws = (
-        Draw(
+
+    def draw(number: int) -> Draw:
+        image = torch.from_numpy(images.to_model_values(placed[number][0], model.value_range))
+        condition = None if labels is None else int(labels[number])
+        led = (
+            None
+            if about is None
+            else Guided(condition=condition, about=image if about == "source" else int(about[number]))
+        )
+        return Draw(
             tag=number,
-            image=torch.from_numpy(images.to_model_values(placed[number][0], model.value_range)),
+            image=image,
             noise_key=noise_key(seed_material(seed), identity=str(number).encode(), variant=0),
             walk=walk,
-            condition=None if labels is None else int(labels[number]),
+            condition=condition if led is None else led,
         )
-        for number in numbers
-    )
+
     outputs = {}
-    for drawn in engine.run(draws):
+    for drawn in engine.run(map(draw, numbers)):
         number = drawn.draw.tag
         pixels = images.to_pixels(drawn.image.numpy(), model.value_range)
         outputs[number] = geometry.restore(pixels, placed[number][1])

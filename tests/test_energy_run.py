@@ -346,6 +346,11 @@ def test_plan_trial_sweep_audit_and_regenerate_know_it(tmp_path, tiny_model, ene
         words = ["regenerate", out, "--key", key, "--model", tiny_model, "--device", "cpu"]
         again = CliRunner().invoke(main, [str(word) for word in [*words, "--private-dir", f"{out}-private"]])
         assert "identical, all " in again.stdout, again.output
+        words = ["explain", out, "--key", key, "--private-dir", f"{out}-private"]
+        story = CliRunner().invoke(main, [str(word) for word in words])
+        led = "to class 2" if energy == TOWARD else "away from the source"
+        assert f"{led}, by entry-point:net with scale 0.3 between 0 and 1 of the noise chain" in story.stdout
+        assert ("looked at the source again" in story.stdout) == (energy == AWAY)
 
 
 def test_the_built_in_embedder_says_what_the_audits_says_and_has_a_gradient():

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from boomerang_batch.audit.origin import Origin, find_origins, require_links
+from boomerang_batch.config.energy import EnergySpec
 from boomerang_batch.config.pipeline import Recipe
 from boomerang_batch.data.provenance import Row
 from boomerang_batch.run.naming import member_key
@@ -62,6 +63,8 @@ def _words(origin: Origin, recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "walk", _walk(row)
         yield "model", f"{recipe.model.source}, digest {row.model_digest[:16]}"
         yield "told", _told(row, recipe)
+        if recipe.energy is not None:
+            yield "led", _led(recipe.energy)
         yield "noise", _noise(row, recipe)
     if row.status in ("ok", "original"):
         yield "dropped", _dropped(row, recipe)
@@ -94,6 +97,11 @@ def _distance(row: Row, recipe: Recipe) -> str:
         return "OUT does not tell: each sample's own field said how far, and that field does not travel"
     if recipe.method != "boomerang" and row.node:
         return f"t {row.t}, node {row.node}: its code begins there, and each step was fed that code's own noise"
+    if row.node and recipe.looks_again:
+        return (
+            f"t {row.t}, node {row.node}: noise was laid over the source there, and each step back looked at "
+            "the source again, to lead away from it"
+        )
     if row.node == 0 or row.sigma is None:
         return f"t {row.t}: none; the image was decoded and written again, and no noise was added"
     share = noise_share(row.sigma) or 0.0
@@ -133,6 +141,18 @@ def _told(row: Row, recipe: Recipe) -> str:
     if prompts.field is not None:
         return f"the sample's own text, from field {prompts.field}"
     return f"the prompt {prompts.text!r}" if prompts.text else "an empty prompt"
+
+
+def _led(energy: EnergySpec) -> str:
+    to = "away from the source"
+    if energy.toward is not None:
+        to = f"to class {energy.toward.label}"
+    if energy.toward is not None and energy.toward.field is not None:
+        to = f"to the class in field {energy.toward.field}"
+    low, high = energy.range
+    return (
+        f"{to}, by {energy.source} with scale {energy.scale:g} between {low:g} and {high:g} of the noise chain"
+    )
 
 
 def _noise(row: Row, recipe: Recipe) -> str:

@@ -92,6 +92,9 @@ def imprint(facts: Facts) -> tuple[str, ...]:
 def _figures(facts: Facts) -> Iterator[tuple[str, str]]:
     yield "Purpose", facts.recipe.purpose
     yield "Model", _model(facts.recipe)
+    if facts.recipe.energy is not None:
+        to = "away from each source" if facts.recipe.energy.toward is None else "to a class"
+        yield "Led", f"{to}, by {facts.recipe.energy.source}"
     yield "How far", how_far(facts.recipe)
     if facts.evaluations:
         least, most = facts.evaluations
