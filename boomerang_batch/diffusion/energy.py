@@ -190,7 +190,8 @@ class EnergyGuided:
             if isinstance(about, Tensor):
                 about = self._shown(upload(about, device))
             with torch.no_grad():
-                self._references[guided] = self._energy.reference(about).to(device)
+                found = self._energy.reference(about)
+            self._references[guided] = found if found.device == device else to_device(found, device)
         return self._references[guided]
 
     def _shown(self, images: Tensor) -> Tensor:
