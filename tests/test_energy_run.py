@@ -324,7 +324,7 @@ def test_plan_trial_sweep_audit_and_regenerate_know_it(tmp_path, tiny_model, ene
     assert plan.outputs == 24
 
     with Rig(recipe, device="cpu", threads=1) as rig:
-        [part] = choose(loaded, 24, parts=1)
+        [part], _ = choose(loaded, 24, named=True)
         levels = [("fraction", 0.0), ("fraction", 0.5)]
         found = sweep(rig, recipe, part, levels, embedders=(), shown=1)
         with pytest.raises(ConfigError, match="energy"):
