@@ -170,12 +170,22 @@ def test_a_harmed_fit_is_refused(tmp_path, tiny_model, manifest):
     data = bytearray(place.read_bytes())
     data[-9] ^= 1
     place.write_bytes(bytes(data))
-    assert "not what its marker says" in artefacts.problems(str(out / "codes"), "fit")
+    assert "not what its marker says" in artefacts.problem(str(out / "codes"), "fit")
+    assert any(
+        "fit.safetensors is not what its marker says" in text for text in verify(str(out), deep=False).problems
+    )
     with pytest.raises(StorageError, match=r"not what its marker says; remove fit\.json"):
         worlds.run(recipe, manifest, out)
     (out / "codes" / "fit.json").unlink()
     assert worlds.run(recipe, manifest, out).rows == {"ok": 24}
-    assert artefacts.problems(str(out / "codes"), "fit") is None
+    assert artefacts.problem(str(out / "codes"), "fit") is None
+    (out / "codes" / "s-002_moments.json").write_text("{}")
+    assert verify(str(out), deep=False).problems == ()
+    [problem] = verify(str(out), deep=True).problems
+    assert "s-002_moments.json is no marker" in problem
+    (out / "codes" / "fit.json").unlink()
+    [problem] = verify(str(out), deep=False).problems
+    assert "no fit of this run's shards" in problem
 
 
 def test_a_shard_that_can_not_be_read_leaves_all_undone_and_is_waited_for(tmp_path, tiny_model, manifest):

@@ -84,7 +84,7 @@ def read(home: str, name: str, *, made_of: str | None, recipe_digest: str) -> di
     )
 
 
-def problems(home: str, name: str) -> str | None:
+def problem(home: str, name: str) -> str | None:
     """What is wrong with the artefact of this name, whatever it was made of; None where nothing is."""
     try:
         marker = json.loads(storage.read_bytes(storage.join(home, name + MARKER_SUFFIX)))

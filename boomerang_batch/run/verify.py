@@ -19,6 +19,7 @@ from boomerang_batch.data.codes import FIELD
 from boomerang_batch.data.provenance import Marker, Row, pixel_digest, read_rows
 from boomerang_batch.data.shards import Unreadable, read_samples
 from boomerang_batch.errors import SampleError, StorageError, VerificationError
+from boomerang_batch.run import artefacts
 from boomerang_batch.run.appendix import appendices, current_counts
 from boomerang_batch.run.commit import (
     MARKER_SUFFIX,
@@ -39,6 +40,7 @@ from boomerang_batch.run.record import (
     recorded_recipe,
     require_record,
 )
+from boomerang_batch.run.unseen import FIT, MOMENTS_SUFFIX, digest_of_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +87,8 @@ def verify(out: str, *, deep: bool, private_dir: str | None = None) -> Verificat
             problems += [repeated] if repeated else []
         except (StorageError, VerificationError) as error:
             problems.append(f"shard {stem}: {error}")
+    if done and recipe.method == "unseen":
+        problems += _check_fit(out, private_dir, record, recipe, deep=deep)
     return Verification(shards=done, rows=dict(sorted(rows.items())), problems=tuple(problems))
 
 
@@ -120,6 +124,23 @@ def _check_codes(
             yield f"{home}: the codes of shard {name} were drawn by another recipe"
         else:
             yield from _check_shard(home, name, marker, recipe, _check_code if deep else None)
+
+
+def _check_fit(
+    out: str, private_dir: str | None, record: RunRecord, recipe: Recipe, *, deep: bool
+) -> Iterator[str]:
+    """Everything that can be wrong with the fit that outputs were accepted by, and what shards added to it."""
+    if recipe.purpose == "anonymize" and private_dir is None:
+        return
+    home = codes_home(recipe, out, private_dir)
+    made_of = digest_of_names(record.shards)
+    if not artefacts.is_there(home, FIT, made_of=made_of, recipe_digest=recipe.digest):
+        yield f"{home}: there is no fit of this run's shards, though its outputs were accepted by one"
+        return
+    for name in (FIT, *(stem + MOMENTS_SUFFIX for stem in record.shards if deep)):
+        problem = artefacts.problem(home, name)
+        if problem is not None:
+            yield problem
 
 
 def _check_shard(out: str, stem: str, marker: Marker, recipe: Recipe, look: Look | None) -> Iterator[str]:
