@@ -219,9 +219,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=report.RESULTS)
     parser.add_argument("--guided", action="store_true", help="under guidance 3 too, which takes as long again")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--quick", action="store_true", help="10 garments of a class, 8 steps, into CACHE/quick"
-    )
+    parser.add_argument("--quick", action="store_true", help="8 garments of a class, 8 steps, into CACHE/quick")
     args = parser.parse_args()
     args.each, args.steps = EACH, STEPS
     if args.quick:
