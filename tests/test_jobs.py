@@ -243,10 +243,15 @@ def test_a_manifest_of_absolute_paths_travels_and_keeps_its_digest(tmp_path: Pat
 def test_a_model_in_this_folder_is_named_by_its_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yaml").write_text(worlds.recipe_text(Path("models/it's mine"), purpose="augment"))
-    asked = request(pipeline="mine.yaml", shared=True)
-    there = load_recipe("mine.yaml", parsed(words(asked))["overrides"])
-    assert there.model.source == str(tmp_path / "models" / "it's mine")
-    assert there.digest == load_recipe("mine.yaml").digest
+    decoded = ["method=edit-friendly", "target.model.source=models/dogs"]
+    for overrides in ((), tuple(decoded)):
+        asked = request(pipeline="mine.yaml", shared=True, overrides=overrides)
+        there = load_recipe("mine.yaml", parsed(words(asked))["overrides"])
+        assert there.model.source == str(tmp_path / "models" / "it's mine")
+        assert there.digest == load_recipe("mine.yaml", overrides).digest
+    assert there.target.model.source == str(tmp_path / "models" / "dogs")
+    with pytest.raises(ConfigError, match=r"target\.model\.source in .* is the path models/dogs"):
+        request(overrides=tuple(decoded))
 
 
 @pytest.mark.parametrize(

@@ -72,13 +72,17 @@ def paths_told(recipe: Recipe) -> Iterator[str]:
             )
 
 
+def models_of(recipe: Recipe) -> dict[str, ModelSpec]:
+    """Every model that a recipe names, by where it does."""
+    other = None if recipe.target is None else recipe.target.model
+    return {"model": recipe.model} if other is None else {"model": recipe.model, "target.model": other}
+
+
 def _texts_told(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
     """(place, name, value) of every option for an installed model or energy that is a text."""
-    models: dict[str, ModelSpec | EnergySpec] = {"model": recipe.model}
+    models: dict[str, ModelSpec | EnergySpec] = {**models_of(recipe)}
     if recipe.energy is not None:
         models["energy"] = recipe.energy
-    if recipe.target is not None and recipe.target.model is not None:
-        models["target.model"] = recipe.target.model
     for place, model in models.items():
         for name, value in model.options.items():
             if isinstance(value, str):

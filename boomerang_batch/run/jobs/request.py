@@ -23,7 +23,7 @@ from boomerang_batch.data.manifest import Manifest, ShardEntry
 from boomerang_batch.errors import ConfigError, PrivateDirError
 from boomerang_batch.run.jobs.job import TOOL
 from boomerang_batch.run.private import SECRET_VARIABLE
-from boomerang_batch.run.request import refuse_secrets
+from boomerang_batch.run.request import models_of, refuse_secrets
 
 STOP_WAIT_S = 120
 """How long a stopped job may take to come to a batch boundary before Ray kills it."""
@@ -74,10 +74,10 @@ def job_request(wish: Wish, *, shared: bool, done: int | None = None) -> JobRequ
         "--address=auto",
         *wish.options,
     ]
-    model = _model_folder(wish.recipe)
-    if model is not None and not model.startswith("/"):
-        # The job runs in another folder than this one. The digest knows a model's folder by name only.
-        words.append(f"--set=model.source={json.dumps(str(Path(model).expanduser().absolute()))}")
+    for place, folder in _model_folders(wish.recipe):
+        if not folder.startswith("/"):
+            # The job runs in another folder than this one. The digest knows a model's folder by name only.
+            words.append(f"--set={place}={json.dumps(str(Path(folder).expanduser().absolute()))}")
     metadata = {
         "tool": TOOL,
         "version": __version__,
@@ -100,7 +100,9 @@ def _run_id(wish: Wish) -> str:
 def _refuse_secrets(wish: Wish) -> None:
     refuse_secrets(wish.recipe)
     named = [("PIPELINE", wish.pipeline), ("MANIFEST", wish.manifest), ("OUT", wish.out)]
-    named.append((f"model.source in {wish.pipeline}", wish.recipe.model.source))
+    named += [
+        (f"{place}.source in {wish.pipeline}", model.source) for place, model in models_of(wish.recipe).items()
+    ]
     if _file("manifests", wish.manifest) is not None:
         named += [(f"a shard in {wish.manifest}", entry.url) for entry in wish.shards.shards]
     for what, url in named:
@@ -145,9 +147,8 @@ def _local_paths(wish: Wish) -> Iterator[tuple[str, str]]:
         yield "--private-dir", wish.private_dir
     for entry in _local_shards(wish.shards):
         yield f"a shard in {wish.manifest}", entry.url
-    model = _model_folder(wish.recipe)
-    if model is not None:
-        yield f"model.source in {wish.pipeline}", model
+    for place, folder in _model_folders(wish.recipe):
+        yield f"{place} in {wish.pipeline}", folder
 
 
 def _local_shards(manifest: Manifest) -> list[ShardEntry]:
@@ -155,11 +156,12 @@ def _local_shards(manifest: Manifest) -> list[ShardEntry]:
     return [entry for entry in entries if storage.is_local(entry.url)]
 
 
-def _model_folder(recipe: Recipe) -> str | None:
-    """The model's local folder; None for what a cluster finds by itself."""
-    source = recipe.model.source
-    elsewhere = source.startswith((shipped.SCHEME, ENTRY_POINT)) or not storage.is_local(source)
-    return None if elsewhere or recipe.model.revision is not None else source
+def _model_folders(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Where the recipe names a local folder for a model, and which; not what a cluster finds by itself."""
+    for place, model in models_of(recipe).items():
+        elsewhere = model.source.startswith((shipped.SCHEME, ENTRY_POINT)) or not storage.is_local(model.source)
+        if not elsewhere and model.revision is None:
+            yield f"{place}.source", model.source
 
 
 def _manifest_word(files: dict[str, bytes], wish: Wish) -> str:
