@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -12,11 +13,14 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from boomerang_batch import shipped
+from boomerang_batch.audit.records import known_of
 from boomerang_batch.config.accounting import account, mu
 from boomerang_batch.config.blocks import Sampler
 from boomerang_batch.config.features import FEATURES
 from boomerang_batch.config.messages import blocks_in
 from boomerang_batch.config.pipeline import Recipe, parse_recipe
+from boomerang_batch.data.provenance import Row
+from boomerang_batch.data.shards import Sample
 from boomerang_batch.measures.bound import two_candidate_accuracy
 
 PRIVATE = {
@@ -196,6 +200,30 @@ def test_what_is_known_of_a_record_narrows_the_gallery():
     )
     prompted = recipe({"model": {"source": "x", "prompts": {"field": "txt"}}})
     assert "the prompt in txt" in account(prompted).within
+    led = {"energy": {"source": "entry-point:x", "toward": {"field": "to.cls"}, "scale": 0.1}}
+    assert "the label in to.cls" in account(recipe(led)).within
+    coded = {"method": "edit-friendly", "target": {"field": "To.cls"}, "model": {"source": "x"}}
+    assert "the target in To.cls" in account(recipe(coded)).within
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"fields": {"fields": {"To.cls": "keep"}}},
+        {"model": {"source": "x", "class_labels": {"field": "To.cls"}}},
+        {"model": {"source": "x", "prompts": {"field": "To.cls"}}},
+        {"energy": {"source": "entry-point:x", "toward": {"field": "To.cls"}, "scale": 0.1}},
+        {"method": "edit-friendly", "target": {"field": "To.cls"}},
+    ],
+)
+def test_candidates_agree_in_what_outputs_are_drawn_under(change):
+    """What is known of a record by `within` parts the groups of an audit."""
+    told = recipe(change)
+    one, other = (Sample(key="a", offset=0, fields={"png": b"", "to.cls": label}) for label in (b"1", b"2"))
+    row = Row(variant=0, status="ok", model_digest="", recipe_digest="", versions="")
+    grey = np.zeros((2, 2, 3), np.uint8)
+    assert known_of(one, row, grey, told) != known_of(other, row, grey, told)
+    assert known_of(one, row, grey, recipe()) == known_of(other, row, grey, recipe())
 
 
 @pytest.mark.parametrize(

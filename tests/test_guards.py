@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from boomerang_batch.errors import SampleError
-from boomerang_batch.run.guards import Seen, check_changed, check_output
+from boomerang_batch.run.guards import Seen, check_changed, check_hidden, check_output
 
 RANGE = (-1.0, 1.0)
 
@@ -156,3 +156,15 @@ def test_no_false_alarm_over_clean_outputs(seed, channels, side):
         check_output(output, source, value_range=RANGE)
         check_changed(output, source, value_range=RANGE)
         seen.check(seen.digest(output), draw=number)
+
+
+def test_an_image_that_shows_its_source_is_refused_whatever_is_beyond_black_and_white():
+    source = torch.round((picture() + 1) * 127.5) / 127.5 - 1
+    source[0], source[1, :4] = 1.0, -1.0
+    rounds_to_it = source + 0.45 * 2 / 255 * torch.sign(picture(1))
+    beyond = torch.where(source == 1, 1.7, torch.where(source == -1, -1.4, source))
+    for back in (source, rounds_to_it, beyond):
+        with pytest.raises(SampleError, match="gave the image back") as caught:
+            check_hidden(back, source, value_range=RANGE)
+        assert caught.value.reason == "output-equals-input"
+    check_hidden(source + 2 * 2 / 255 * torch.sign(picture(1)), source, value_range=RANGE)

@@ -116,12 +116,9 @@ def known_of(sample: Sample, row: Row, picture: images.Pixels, recipe: Recipe) -
 
 
 def _shown(sample: Sample, recipe: Recipe) -> Iterator[object]:
-    """What travels with the output, or was told to the model: nobody needs the image to know it."""
-    model = recipe.model
+    """What travels with the output, or what that was drawn under: nobody needs the image to know it."""
     names = [name for name, action in recipe.fields.fields.items() if action != "drop"]
-    names += [model.class_labels.field] if model.class_labels else []
-    names += [model.prompts.field] if model.prompts and model.prompts.field else []
-    yield from (sample.fields.get(name.lower()) for name in names)
+    yield from (sample.fields.get(name.lower()) for name in (*names, *recipe.drawn_under))
     listed = [name for name, action in recipe.fields.json_keys.items() if action != "drop"]
     if listed:
         try:

@@ -131,11 +131,19 @@ _FEATURES: Mapping[str, Feature] = {
     ),
     **dict.fromkeys(
         (
-            *(f"target.{name}" for name in ("label", "prompt", "field", "guidance")),
+            *(f"target.{name}" for name in ("label", "prompt", "guidance")),
             *(f"target.{name}" for name in ("trials", "select", "classifier", "shift.by", "shift.over")),
             *(f"target.refine.{name}" for name in ("steps", "eta", *(f"t.{unit}" for unit in _UNITS))),
         ),
         _OF_CODES,
+    ),
+    "target.field": Feature(
+        says="is used for each record, so candidates are records of one target; no certified bound",
+        within=lambda recipe: (
+            [f"the target in {recipe.target.field}"]
+            if recipe.target and recipe.target.field is not None
+            else []
+        ),
     ),
     # Led to a class a step is a function of x_t, weights and class, so it tells no more of the source than x_t
     # does. Led away from the source it looks at the source itself, at every step.
@@ -161,6 +169,7 @@ _FEATURES: Mapping[str, Feature] = {
             lambda recipe: recipe.energy is not None and recipe.energy.away_from is not None,
             "the energy looks at the source again after noising it, at every step, to lead away from it",
         ),
+        in_picture=True,
     ),
     **dict.fromkeys(
         ("interpolate.partner", "interpolate.partner.field", "interpolate.same"),

@@ -242,6 +242,17 @@ class Recipe(Block):
             return target.model
         return self.model if target.guidance is None else self.model.guided(target.guidance)
 
+    @property
+    def drawn_under(self) -> tuple[str, ...]:
+        """The fields that say under which class or prompt a sample is drawn, its own or what it becomes."""
+        models = (self.model, self.decoded_by)
+        labels = (one.class_labels.field for one in models if one.class_labels is not None)
+        prompts = (one.prompts.field for one in models if one.prompts is not None)
+        toward = None if self.energy is None or self.energy.toward is None else self.energy.toward.field
+        target = None if self.target is None else self.target.field
+        named = [name for name in (*labels, *prompts, toward, target) if name is not None]
+        return tuple(dict.fromkeys(named))
+
     def variant_of(self, number: int) -> int:
         """The variant that an output's number belongs to: each pass may be an output."""
         return number // (self.passes.count if self.passes.outputs == "all" else 1)

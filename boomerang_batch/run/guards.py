@@ -23,8 +23,8 @@ _FLAT = 0.5 / 255
 """Half a grey level, as a share of the value range: less contrast than this is next to none."""
 _PLAIN = 8 / 255
 """What compression leaves in a plain picture: one of less contrast may rightly become a single colour."""
-_BACK = 1e-3
-"""As a share of the value range: outputs that are nearer to their source are their source, but for rounding."""
+_BACK = 0.5 / 255
+"""Half a grey level: images that are no farther from each other may be saved as the very same."""
 
 ValueRange = tuple[float, float]
 """Black and white, as a model has them. An image keeps nothing that is beyond them."""
@@ -56,9 +56,10 @@ def check_changed(x_0: Tensor, source: Tensor, *, value_range: ValueRange) -> No
 
 
 def check_hidden(x_0: Tensor, source: Tensor, *, value_range: ValueRange) -> None:
-    """Raise SampleError if `x_0` (C, H, W) is `source`, which is to be hidden, but for rounding."""
-    apart = float((x_0 - source).square().mean().sqrt())
-    if apart < _BACK * (value_range[1] - value_range[0]):
+    """Raise SampleError if `x_0` (C, H, W) shows `source`, which is to be hidden, but for rounding."""
+    low, high = value_range
+    apart = float((x_0.clamp(low, high) - source.clamp(low, high)).square().mean().sqrt())
+    if apart <= _BACK * (high - low):
         raise SampleError(
             "output-equals-input", "its own latent or code gave the image back; go further from it"
         )
