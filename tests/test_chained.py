@@ -11,6 +11,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
+from boomerang_batch.errors import SampleError
 from boomerang_batch.run.chained import Choosing, Refining, chained
 from boomerang_batch.run.stages import Made
 
@@ -78,9 +79,44 @@ def test_the_best_trial_is_kept_whatever_the_order(worths, shuffled):
         assert one.batch_size == 4, "the code is what comes out, not what it was judged by"
 
 
+@given(
+    unjudged=st.sets(st.sampled_from([(sample, trial) for sample in range(3) for trial in range(3)])),
+    shuffled=st.randoms(use_true_random=False),
+)
+def test_a_trial_that_nobody_can_judge_costs_its_own_variant_alone_whatever_the_order(unjudged, shuffled):
+    def order(draws: list[Any]) -> list[Any]:
+        shuffled.shuffle(draws)
+        return draws
+
+    def worth(one: Made) -> tuple[float, ...]:
+        place = (one.prepared.source.offset, one.trial)
+        if place in unjudged:
+            raise SampleError("not-judged", f"trial {one.trial}")
+        return (float(one.trial),)
+
+    choosing = Choosing(encoding=Echo(order), decoding=Echo(order), again=again, worth=worth, trials=3)
+    draws = [made(sample, trial) for sample in range(3) for trial in range(3)]
+    found = {one.prepared.source.offset: one for one in choosing.run(draws, stopped=lambda: False)}
+    assert set(found) == {0, 1, 2}
+    for sample, one in found.items():
+        failed = sorted(trial for of, trial in unjudged if of == sample)
+        told = None if one.refused is None else one.refused.detail
+        assert (one.trial, told) == ((failed[0], f"trial {failed[0]}") if failed else (2, None))
+
+
+def test_what_may_not_be_refined_is_refused_afterwards():
+    def check(one: Made) -> None:
+        if one.prepared.source.offset == 1:
+            raise SampleError("output-equals-input", "for this test")
+
+    refining = Refining(drawing=Echo(), again=again, check=check)
+    found = list(refining.run([made(sample) for sample in range(3)], stopped=lambda: False))
+    assert [one.refused is not None for one in found] == [False, True, False]
+
+
 def test_what_is_refined_twice_in_float32_is_so_both_times():
     drawing = Echo()
-    refining = Refining(drawing=drawing, again=again)
+    refining = Refining(drawing=drawing, again=again, check=lambda one: None)
     assert [one.batch_size for one in refining.run_in_float32([made(0)], stopped=lambda: False)] == [2]
     assert drawing.calls == ["float32", "float32"]
     assert not refining.exact

@@ -16,7 +16,7 @@ from boomerang_batch.config.pipeline import ModelSpec
 from boomerang_batch.data.provenance import read_rows
 from boomerang_batch.diffusion.boomerang import KeyedNoise, boomerang
 from boomerang_batch.diffusion.noise import derived_key
-from boomerang_batch.errors import ConfigError, RecipeError
+from boomerang_batch.errors import ConfigError, MeasureError, RecipeError
 from boomerang_batch.measures.classifiers import CheckedClassifier
 from boomerang_batch.models import load_denoiser
 from boomerang_batch.run import chained, coding, decoder
@@ -133,6 +133,63 @@ def test_a_trial_that_is_no_number_is_never_the_best(tmp_path, tiny_model, manif
     assert {row.trial for row in worlds.rows(out)} == {2}
 
 
+class Sure:
+    """A classifier that tells classes alone, and of the pictures in `unseen` nothing."""
+
+    name, licence, digest = "sure", "test", "a" * 64
+
+    def __init__(self, unseen=()) -> None:
+        self.asked, self._unseen = 0, unseen
+
+    def classify(self, images):
+        self.asked += 1
+        if self.asked in self._unseen:
+            raise ValueError("no garment in it")
+        return ["2"] * len(images)
+
+
+CHOSEN = ("target.trials=3", "target.select=class", "target.classifier=sure")
+
+
+def test_a_picture_that_the_classifier_can_not_take_fails_alone(tmp_path, tiny_model, manifest, monkeypatch):
+    # The first picture that it is asked about is no sample's.
+    monkeypatch.setattr(decoder, "load_classifier", lambda name, where: CheckedClassifier(Sure({6})))
+    out = tmp_path / "out"
+    assert worlds.run(coded(tiny_model, *CHOSEN, "target.refine={t: {fraction: 0.2}}"), manifest, out).rows == {
+        "failed": 1,
+        "ok": 5,
+    }
+    rows = [row for name in ("s-000", "s-001") for row in read_rows(out / "codes" / f"{name}.parquet")]
+    [row] = [row for row in rows if row.status == "failed"]
+    assert row.reason == "not-judged"
+    assert "classifier sure failed on images of shape (1, 8, 8, 3): ValueError: no garment in it" in row.detail
+    assert {row.reason for row in worlds.rows(out) if row.status == "failed"} == {"no-code"}
+    assert verify(str(out), deep=True).problems == ()
+
+
+def test_a_classifier_that_takes_no_picture_ends_the_run_before_it_costs(
+    tmp_path, tiny_model, manifest, monkeypatch
+):
+    monkeypatch.setattr(decoder, "load_classifier", lambda name, where: CheckedClassifier(Sure({1})))
+    with pytest.raises(MeasureError, match="no garment in it"):
+        worlds.run(coded(tiny_model, *CHOSEN), manifest, tmp_path / "out")
+    assert not list((tmp_path / "out" / "codes").glob("*"))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("secret")
+def test_under_anonymize_no_trial_is_kept_for_being_near_its_source(
+    tmp_path, tiny_model, manifest, monkeypatch
+):
+    monkeypatch.setattr(decoder, "load_classifier", lambda name, where: CheckedClassifier(Sure()))
+    kept = {}
+    for purpose in ("anonymize", "augment"):
+        worlds.run(coded(tiny_model, *CHOSEN, purpose=purpose), manifest, tmp_path / purpose)
+        kept[purpose] = {row.trial for row in worlds.rows(tmp_path / purpose) if row.status == "ok"}
+    assert kept["anonymize"] == {0}, "all are equally sure, and the first of equals is as good as any"
+    assert len(kept["augment"]) > 1
+
+
 @pytest.mark.parametrize(
     ("overrides", "purpose", "says"),
     [
@@ -183,6 +240,17 @@ def test_refining_is_boomerang_on_what_was_decoded(tmp_path, tiny_model, manifes
         assert torch.allclose(after.pieces[0], expected[0], atol=1e-4)
         assert not torch.allclose(after.pieces[0], before.pieces[0], atol=1e-2)
     assert all(row.evaluations == row.node + walk.n for row in worlds.rows(out))
+
+
+@pytest.mark.usefixtures("secret")
+def test_a_source_that_came_back_is_not_hidden_by_refining_it(tmp_path, manifest):
+    unet = tiny_models.network(in_channels=1, out_channels=1, num_class_embeds=worlds.CLASSES + 1)
+    with torch.no_grad():
+        unet.class_embedding.weight.zero_()  # every class is the same to it
+    model = tiny_models.save_pipeline(tmp_path / "blind", unet=unet)
+    recipe = coded(model, "target.refine={t: {fraction: 0.1}}", purpose="anonymize")
+    worlds.run(recipe, manifest, tmp_path / "out")
+    assert {row.reason for row in worlds.rows(tmp_path / "out")} <= {"output-equals-input", "target-is-source"}
 
 
 def test_what_a_refining_has_no_t_for_is_refused(tiny_model):

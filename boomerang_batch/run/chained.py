@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from boomerang_batch.diffusion.engine import Draw
+from boomerang_batch.errors import SampleError
 from boomerang_batch.run.stages import Made
 
 Again = Callable[[Made], Iterable[Draw]]
@@ -45,6 +46,8 @@ class Refining:
 
     drawing: Drawer
     again: Again
+    check: Callable[[Made], None]
+    """Raises SampleError for what may not be refined. It is all the same, and refused then."""
 
     def run(self, draws: Iterable[Draw], *, stopped: Callable[[], bool]) -> Iterator[Made]:
         """See Drawer."""
@@ -63,7 +66,16 @@ class Refining:
         self, drawn: Callable[[Iterable[Draw]], Iterator[Made]], draws: Iterable[Draw]
     ) -> Iterator[Made]:
         for before, after in chained(drawn(draws), self.again, drawn):
-            yield replace(after, batch_size=min(before.batch_size, after.batch_size))
+            refused = _refusal(self.check, before)
+            yield replace(after, batch_size=min(before.batch_size, after.batch_size), refused=refused)
+
+
+def _refusal(check: Callable[[Made], None], made: Made) -> SampleError | None:
+    try:
+        check(made)
+    except SampleError as error:
+        return error
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +87,8 @@ class Choosing:
     again: Again
     """The draws that decode."""
     worth: Callable[[Made], Worth]
-    """Of what was decoded. What compares as nothing, for it is no number, is the worst."""
+    """Of what was decoded. What compares as nothing, for it is no number, is the worst. Raises SampleError where
+    nobody can tell; then nobody knows the best either, and the variant is refused."""
     trials: int
 
     def run(self, draws: Iterable[Draw], *, stopped: Callable[[], bool]) -> Iterator[Made]:
@@ -97,9 +110,12 @@ class Choosing:
         for code, image in chained(codes, self.again, decoded):
             place = (code.prepared.source.offset, code.variant)
             race = races.setdefault(place, _Race())
-            race.enter(code, self.worth(image))
-            if race.entered == self.trials and race.best is not None:
-                yield races.pop(place).best or race.best
+            try:
+                race.enter(code, self.worth(image))
+            except SampleError as error:
+                race.enter(replace(code, refused=error), ())
+            if race.entered == self.trials:
+                yield races.pop(place).winner()
 
 
 @dataclass(kw_only=True)
@@ -107,15 +123,26 @@ class _Race:
     """The trials of one variant so far, whatever their order."""
 
     entered: int = 0
-    best: Made | None = None
-    _at: Worth = field(default=())
+    _best: tuple[Worth, Made] | None = None
+    _refused: Made | None = None
 
     def enter(self, made: Made, worth: Worth) -> None:
         # Of equals the first one drawn, whichever came first.
-        at = (*(number if number == number else float("-inf") for number in worth), -made.trial)
         self.entered += 1
-        if self.best is None or at > self._at:
-            self.best, self._at = made, at
+        if made.refused is not None:
+            if self._refused is None or made.trial < self._refused.trial:
+                self._refused = made
+            return
+        at = (*(number if number == number else float("-inf") for number in worth), -made.trial)
+        if self._best is None or at > self._best[0]:
+            self._best = (at, made)
+
+    def winner(self) -> Made:
+        if self._refused is not None:
+            return self._refused
+        if self._best is None:
+            raise RuntimeError("a race that nobody entered")
+        return self._best[1]
 
 
 def chained(

@@ -26,6 +26,7 @@ from boomerang_batch.diffusion.engine import Draw, Walk
 from boomerang_batch.diffusion.noise import derived_key
 from boomerang_batch.errors import (
     ConfigError,
+    MeasureError,
     SampleError,
 )
 from boomerang_batch.run.chained import Choosing, Drawer, Refining, Worth
@@ -164,6 +165,8 @@ class Encoding(_Coded):
     def finish(self, made: Made, *, seen: Seen) -> Output:
         """Check and encode the codes of one variant. Raises SampleError."""
         prepared, number = made.prepared, self.number(made)
+        if made.refused is not None:
+            raise made.refused
         if not all(_is_finite(code) for code in made.codes):
             raise SampleError("non-finite-output", "the model returned NaN or infinity; try dtype float32")
         trial = None if self._trials == 1 else made.trial
@@ -199,7 +202,7 @@ class Encoding(_Coded):
         return self._fed(prepared, made.variant, made.codes, trial=made.trial)
 
     def _worth(self, made: Made) -> Worth:
-        """How good it is what a code became."""
+        """How good it is what a code became. Raises SampleError where the classifier can't tell."""
         pieces = zip(made.prepared.canvas.pieces, made.pieces, strict=True)
         apart = sum(float((x_0 - piece.image).double().square().sum()) for piece, x_0 in pieces)
         judge = self._decoder.judge
@@ -207,7 +210,12 @@ class Encoding(_Coded):
             return (-apart,)
         pixels = self.picture(made).pixels
         colours = np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels
-        return judge.probability(colours[None], str(made.prepared.condition))[0], -apart
+        try:
+            [sure] = judge.probability(colours[None], str(made.prepared.condition))
+        except MeasureError as error:
+            raise SampleError("not-judged", f"trial {made.trial}: {error}") from error
+        # Under anonymize the first of equals is kept, not the one that is most like what is to be hidden.
+        return (sure,) if self._recipe.purpose == "anonymize" else (sure, -apart)
 
 
 class Decoding(_Coded):
@@ -223,7 +231,9 @@ class Decoding(_Coded):
 
     def drawer(self, decoding: Drawer) -> Drawer:
         """What draws for it."""
-        return decoding if self._decoder.refining is None else Refining(drawing=decoding, again=self._refined)
+        if self._decoder.refining is None:
+            return decoding
+        return Refining(drawing=decoding, again=self._refined, check=self._check_hidden)
 
     def prepare(self, sample: Sample, *, shard: str) -> Prepared:
         """As a Transform does, to be told the target. Raises SampleError too where a code is missing or bad."""
@@ -243,9 +253,9 @@ class Decoding(_Coded):
 
     def finish(self, made: Made, *, seen: Seen) -> Output:
         """As a Transform does. Raises SampleError too where what is to be hidden came back."""
-        if self._recipe.purpose == "anonymize":
-            for piece, x_0 in zip(made.prepared.canvas.pieces, made.pieces, strict=True):
-                check_hidden(x_0, piece.image, value_range=self._model.value_range)
+        if made.refused is not None:
+            raise made.refused
+        self._check_hidden(made)
         output = super().finish(made, seen=seen)
         more = self._refining_walk(made.prepared, made.variant)
         known = output.row.evaluations
@@ -265,6 +275,12 @@ class Decoding(_Coded):
         field = target.field or ("" if labels is None else labels.field)
         known = target.label is not None or field.lower() in prepared.shows
         return prepared.condition if known and isinstance(prepared.condition, int) else None
+
+    def _check_hidden(self, made: Made) -> None:
+        """Raise SampleError where what is to be hidden came back, whether or not it is refined then."""
+        if self._recipe.purpose == "anonymize":
+            for piece, x_0 in zip(made.prepared.canvas.pieces, made.pieces, strict=True):
+                check_hidden(x_0, piece.image, value_range=self._model.value_range)
 
     def _check(self, prepared: Prepared, variant: int, *, proof: bytes) -> None:
         """Raise SampleError where the codes of a variant's pieces are none, or not of this `proof`."""

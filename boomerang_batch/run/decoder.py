@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from boomerang_batch.config.pipeline import ModelSpec, Recipe, Sampler
@@ -65,17 +66,27 @@ def load_decoder(recipe: Recipe, encoding: Engine, *, device: str, threads: int)
     model = engine.denoiser.spec
     if target is not None and target.shift is not None:
         _check_shift(target.shift, engine.denoiser, probes(recipe, model, engine.device)[0])
+    judge = None
+    if target is not None and target.classifier is not None:
+        judge = _judge(target.classifier, target.label, model)
     return engine, Decoder(
         asked=asked,
         model=model,
         walks=Walks(recipe, model),
         refining=None if target is None or target.refine is None else _refining(recipe, target.refine, model),
-        judge=(
-            None
-            if target is None or target.classifier is None
-            else load_classifier(target.classifier, where="target.classifier")
-        ),
+        judge=judge,
     )
+
+
+def _judge(name: str, label: int | None, model: DenoiserSpec) -> CheckedClassifier:
+    """The installed classifier of this name, once it has told something of a picture.
+
+    Raises ConfigError where there is none, MeasureError where it can't tell.
+    """
+    judge = load_classifier(name, where="target.classifier")
+    grey = np.full((1, model.height, model.width, 3), 128, dtype=np.uint8)
+    judge.probability(grey, str(label or 0))
+    return judge
 
 
 def _refining(recipe: Recipe, refine: Refine, model: DenoiserSpec) -> Walks:

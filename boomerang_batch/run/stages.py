@@ -14,6 +14,7 @@ from boomerang_batch.data.images import Picture
 from boomerang_batch.data.provenance import Row
 from boomerang_batch.diffusion.codes import Code
 from boomerang_batch.diffusion.denoiser import Told
+from boomerang_batch.errors import SampleError
 from boomerang_batch.run.canvas import Canvas
 from boomerang_batch.run.ledger import Source
 from boomerang_batch.run.walks import Resolved
@@ -95,6 +96,8 @@ class Made:
     """Those of the pieces, where codes were drawn."""
     trial: int = 0
     """Which of several codes of the variant."""
+    refused: SampleError | None = None
+    """Why it may not be used, where what it came from tells."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
