@@ -87,8 +87,8 @@ class Choosing:
     again: Again
     """The draws that decode."""
     worth: Callable[[Made], Worth]
-    """Of what was decoded. What compares as nothing, for it is no number, is the worst. Raises SampleError where
-    nobody can tell; then nobody knows the best either, and the variant is refused."""
+    """Of what was decoded. What compares as nothing, for it is no number, is the worst. Raises SampleError
+    where nobody can tell; then nobody knows the best either, and the variant is refused."""
     trials: int
 
     def run(self, draws: Iterable[Draw], *, stopped: Callable[[], bool]) -> Iterator[Made]:
