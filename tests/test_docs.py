@@ -205,7 +205,7 @@ def test_fields_of_recipes_that_are_named_exist(page):
     found = re.findall(r"`([a-z_]+(?:\.[a-z0-9_]+)+)(?:[:=][^`]*)?`", prose(text))
     blocks = {path.partition(".")[0] for path in known_paths() if "." in path}
     told = {path for path in found if path.partition(".")[0] in blocks}
-    files = {path for path in told if path.endswith((".json", ".yaml", ".md"))}
+    files = {path for path in told if path.endswith((".json", ".yaml", ".md", ".py"))}
     assert told - files - known_paths() == set()
 
 
