@@ -181,11 +181,19 @@ def test_fits_of_two_domains_are_apart():
 
 
 def test_what_has_no_fit_is_refused():
-    with pytest.raises(ValueError, match="5 latents are too few for a fit with 4 references"):
+    with pytest.raises(ValueError, match="5 different latents are too few for a fit with 4 references"):
         fitted(normals(1, 5, *SHAPE), references=4)
-    alike = normals(1, 6, *SHAPE)
-    alike[4:] = alike[4]
+    mirrored = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
     with pytest.raises(ValueError, match="all alike"):
-        fitted(alike, references=4)
+        fitted(mirrored, references=2)
     with pytest.raises(ValueError, match="one of the references"):
-        standing(alike[0], alike)
+        standing(mirrored[0], mirrored)
+
+
+def test_equal_latents_of_equal_images_count_once_among_those_that_others_are_compared_with():
+    latents = normals(1, 60, *SHAPE)
+    twice = latents.repeat_interleave(2, dim=0)
+    once, found = fitted(latents, references=6), fitted(twice, references=6)
+    assert torch.equal(found.references, once.references)
+    assert (found.usual, found.spread, found.norm) == (once.usual, once.spread, once.norm)
+    assert found.moments.count == 120 - 6

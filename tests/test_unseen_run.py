@@ -205,8 +205,27 @@ def test_a_shard_that_can_not_be_read_leaves_all_undone_and_is_waited_for(tmp_pa
 
 def test_too_few_latents_have_no_fit(tmp_path, tiny_model):
     manifest = worlds.save_shards(tmp_path / "in", shards=2, samples=2)
-    with pytest.raises(ConfigError, match="no fit can be made of 4 latents: 4 latents are too few"):
+    with pytest.raises(ConfigError, match="no fit can be made of 4 latents: 4 different latents are too few"):
         worlds.run(unseen(tiny_model), manifest, tmp_path / "out")
+
+
+def test_equal_images_are_no_hindrance(tmp_path, tiny_model):
+    twice = {f"k{i}": {"png": worlds.png(i // 2), "cls": b"1"} for i in range(16)}
+    manifest, out = worlds.save_samples(tmp_path / "in", twice), tmp_path / "out"
+    assert worlds.run(unseen(tiny_model), manifest, out).rows["ok"] >= 14
+    assert json.loads((out / "codes" / "fit.json").read_text())["told"]["count"] == 16
+
+
+def test_the_fits_sample_is_not_the_same_keys_of_every_shard(tmp_path, tiny_model):
+    """Where keys are numbers that begin anew in each shard, as identity shard+key lets them."""
+    shards = [{f"k{i}": {"png": worlds.png(8 * n + i), "cls": b"1"} for i in range(8)} for n in range(3)]
+    manifest, out = worlds.save_samples(tmp_path / "in", *shards), tmp_path / "out"
+    worlds.run(unseen(tiny_model, "identity=shard+key"), manifest, out)
+    orders = set()
+    for place in sorted((out / "codes").glob("*_moments.safetensors")):
+        ranked = json.loads(load_file(place)["ranked"].numpy().tobytes())
+        orders.add(tuple(key for _, key in ranked))
+    assert len(orders) == 3
 
 
 def test_what_is_never_accepted_fails_with_its_figures(tmp_path, tiny_model, manifest):

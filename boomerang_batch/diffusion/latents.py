@@ -15,6 +15,7 @@ references, plus and minus a tolerance in units of their standard deviation, whi
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -166,13 +167,15 @@ class Fit:
 def fit(of_all: Moments, sample: Sequence[Tensor], *, references: int) -> Fit:
     """The fit of latents with these moments, of which `sample` (c, h, w) are some.
 
-    The first `references` of the sample, two or more, are what the others are compared with. Raises ValueError
-    where fewer than two others are left, or all are alike.
+    Of equal ones in the sample, as equal images have, the first counts. The first `references` of it, two or
+    more, are what the others are compared with. Raises ValueError where fewer than two others are left, or all
+    are alike.
     """
+    sample = _different(sample)
     if references < 2 or len(sample) < references + 2:
         raise ValueError(
-            f"{len(sample)} latents are too few for a fit with {references} references, which takes at least "
-            f"{references + 2}"
+            f"{len(sample)} different latents are too few for a fit with {references} references, which takes at "
+            f"least {references + 2}"
         )
     others = torch.stack([latent.float() for latent in sample[:references]])
     figures = [standing(latent, others).figures for latent in sample[references:]]
@@ -191,6 +194,14 @@ def fit(of_all: Moments, sample: Sequence[Tensor], *, references: int) -> Fit:
         norm=(float(norms.mean()), float(norms.std())),
         pair_distance=(float(pairs.mean()), float(pairs.std()) if len(pairs) > 1 else 0.0),
     )
+
+
+def _different(latents: Iterable[Tensor]) -> list[Tensor]:
+    """The latents without those that are equal to an earlier one."""
+    found: dict[bytes, Tensor] = {}
+    for latent in latents:
+        found.setdefault(hashlib.sha256(latent.float().numpy().tobytes()).digest(), latent)
+    return list(found.values())
 
 
 def _standing(figures: Tensor) -> Standing:

@@ -57,7 +57,7 @@ class Fitting:
         ):
             return
         found = moments(latents.read(row_key) for row_key in latents.rows)
-        ranked = heapq.nsmallest(SAMPLE, ((self._rank(row_key), row_key) for row_key in latents.rows))
+        ranked = heapq.nsmallest(SAMPLE, ((self._rank(name, row_key), row_key) for row_key in latents.rows))
         tensors = {} if found is None else _tensors_of_moments(found)
         tensors["ranked"] = torch.frombuffer(bytearray(json.dumps(ranked).encode()), dtype=torch.uint8)
         self._publish(name + MOMENTS_SUFFIX, tensors, made_of, {"count": 0 if found is None else found.count})
@@ -135,9 +135,13 @@ class Fitting:
             raise StorageError(f"the codes of shard {name} are gone; run the same command again")
         return marker.tar_sha256
 
-    def _rank(self, row_key: str) -> str:
-        """Which latents are the sample, nobody knows but seed or secret."""
-        return self._naming.pseudonym(row_key.encode())
+    def _rank(self, name: str, row_key: str) -> str:
+        """Which latents are the sample, nobody knows but seed or secret.
+
+        With the shard's name, for where keys are numbers that begin anew in each shard a key alone would choose
+        the same places of all.
+        """
+        return self._naming.pseudonym(f"{name}/{row_key}".encode())
 
 
 class Generating(Mixing):
