@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 
+from boomerang_batch.audit.explain import explain
 from boomerang_batch.data import images
 from boomerang_batch.data.codes import FIELD, read_codes
 from boomerang_batch.data.provenance import read_rows
@@ -17,6 +19,7 @@ from boomerang_batch.diffusion.schedule import build_schedule
 from boomerang_batch.errors import RecipeError
 from boomerang_batch.run.links import read_links
 from boomerang_batch.run.loading import load
+from boomerang_batch.run.transform import Transform
 from boomerang_batch.run.verify import verify
 from tests import worlds
 
@@ -127,6 +130,26 @@ def test_two_that_are_each_others_partners_share_the_image_between_them(tmp_path
     assert abs(first - second).max() <= 1
 
 
+def test_a_model_that_gives_different_mixtures_one_image_is_found_out(tmp_path, tiny_model, monkeypatch):
+    manifest, out = worlds.save_shards(tmp_path / "in", shards=1, samples=5), tmp_path / "out"
+    alike = torch.linspace(-1, 1, 64).reshape(1, 8, 8)
+    real = Transform.finish
+
+    def collapsed(self, made, *, seen):
+        return real(self, dataclasses.replace(made, pieces=(alike,)), seen=seen)
+
+    monkeypatch.setattr(Transform, "finish", collapsed)
+    assert worlds.run(between(tiny_model), manifest, out).rows == {"failed": 5}
+    assert {row.reason for row in worlds.rows(out)} == {"output-repeated"}
+
+
+def test_both_ways_between_two_meet_in_the_same_images(tmp_path, tiny_model):
+    same = {"a": {"png": worlds.png(1), "cls": b"1"}, "b": {"png": worlds.png(5), "cls": b"1"}}
+    manifest, out = worlds.save_samples(tmp_path / "in", same), tmp_path / "out"
+    recipe = between(tiny_model, "variants=2", "interpolate={weights: [0.25, 0.75]}")
+    assert worlds.run(recipe, manifest, out).rows == {"ok": 4}
+
+
 def test_a_field_may_name_the_partner(tmp_path, tiny_model):
     def sample(number: int, to: bytes) -> dict[str, bytes]:
         return {"png": worlds.png(number), "cls": b"1", "to.txt": to}
@@ -175,6 +198,35 @@ def test_under_anonymize_only_the_private_dir_knows_the_partners(tmp_path, tiny_
         links = read_links(str(private), stem).to_pylist()
         keys = {link["row_key"] for link in links}
         assert {link["detail"].split()[0].removeprefix("partner=") for link in links} == keys
+
+
+@pytest.mark.usefixtures("secret")
+@pytest.mark.parametrize("weight", [0.001, 0.999])
+def test_under_anonymize_no_mixture_is_all_but_one_of_the_two(tmp_path, tiny_model, weight):
+    samples = {f"k{i}": {"png": worlds.png(i), "cls": b"1"} for i in range(4)}
+    manifest, out = worlds.save_samples(tmp_path / "in", samples), tmp_path / "out"
+    recipe = between(tiny_model, f"interpolate={{weights: [{weight}]}}", "t.fraction=0.2", purpose="anonymize")
+    assert worlds.run(recipe, manifest, out).rows == {"failed": 4}
+    assert {row.reason for row in worlds.rows(out)} == {"mixture-is-source"}
+
+
+@pytest.mark.usefixtures("secret")
+def test_under_anonymize_equal_images_are_not_mixed_with_each_other(tmp_path, tiny_model):
+    samples = {key: {"png": worlds.png(3), "cls": b"1"} for key in "ab"}
+    manifest, out = worlds.save_samples(tmp_path / "in", samples), tmp_path / "out"
+    assert worlds.run(between(tiny_model, purpose="anonymize"), manifest, out).rows == {"failed": 2}
+    assert {row.reason for row in worlds.rows(out)} == {"mixture-is-source"}
+
+
+def test_an_image_between_two_is_explained_by_both(tmp_path, tiny_model, manifest):
+    out = tmp_path / "out"
+    worlds.run(between(tiny_model), manifest, out)
+    [told_of] = explain(str(out), key="img00003", private_dir=None)
+    [row] = [row for row in worlds.rows(out) if row.key == "img00003"]
+    assert told_of.words["mixed"] == row.detail
+    assert "partner=" in row.detail
+    assert "the image shows both" in told_of.words["distance"]
+    assert "who is whose partner" in told_of.words["noise"]
 
 
 @pytest.mark.parametrize(

@@ -188,6 +188,28 @@ def test_a_harmed_fit_is_refused(tmp_path, tiny_model, manifest):
     assert "no fit of this run's shards" in problem
 
 
+@pytest.mark.parametrize("lost", ["s-001.tar", "s-001.parquet", "s-001_stats.json", "harmed"])
+def test_latents_lost_before_the_fit_are_drawn_again_when_the_command_is_run_again(
+    tmp_path, tiny_model, manifest, lost
+):
+    out, recipe = tmp_path / "out", unseen(tiny_model)
+    worlds.run(recipe, manifest, out)
+    whole, codes = worlds.tree(out), out / "codes"
+    for path in [*out.glob("s-*"), *codes.glob("fit*")]:
+        path.unlink()
+    if lost == "harmed":
+        data = bytearray((codes / "s-001.tar").read_bytes())
+        data[1500] ^= 1
+        (codes / "s-001.tar").write_bytes(bytes(data))
+    else:
+        (codes / lost).unlink()
+    if lost != "s-001_stats.json":  # that one is missed before the fit is begun
+        with pytest.raises(StorageError, match="run the same command again, and these codes are drawn again"):
+            worlds.run(recipe, manifest, out)
+    worlds.run(recipe, manifest, out)
+    assert worlds.tree(out) == whole
+
+
 def test_a_shard_that_can_not_be_read_leaves_all_undone_and_is_waited_for(tmp_path, tiny_model, manifest):
     out, recipe = tmp_path / "out", unseen(tiny_model)
     place = tmp_path / "in" / "s-001.tar"
@@ -266,6 +288,16 @@ def test_under_anonymize_fit_and_latents_lie_in_the_private_dir_alone(tmp_path, 
     assert (private / "codes" / "fit.safetensors").is_file()
     for stem in {path.stem for path in out.glob("*.parquet")}:
         assert all(link["detail"].startswith("tries=") for link in read_links(str(private), stem).to_pylist())
+
+
+@pytest.mark.usefixtures("secret")
+def test_under_anonymize_a_new_latent_that_is_all_but_the_samples_own_is_refused(
+    tmp_path, tiny_model, manifest
+):
+    out = tmp_path / "out"
+    words = ("unseen={references: 4, tolerance: 9.0, weight: 0.001}", "t.fraction=0.2")
+    assert worlds.run(unseen(tiny_model, *words, purpose="anonymize"), manifest, out).rows == {"failed": 24}
+    assert {row.reason for row in worlds.rows(out)} == {"mixture-is-source"}
 
 
 @pytest.mark.parametrize(

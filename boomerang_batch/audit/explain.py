@@ -9,10 +9,26 @@ from typing import Any
 
 from boomerang_batch.audit.origin import Origin, find_origins, require_links
 from boomerang_batch.config.energy import EnergySpec
+from boomerang_batch.config.mixing import MIXING
 from boomerang_batch.config.pipeline import Recipe
 from boomerang_batch.data.provenance import Row
 from boomerang_batch.run.naming import member_key
 from boomerang_batch.run.record import recorded_recipe, require_record
+
+_CODE = "its code begins there, and each step was fed that code's own noise"
+_BEGINS = {
+    "interpolate": "DDIM inversion led the source and its partner up to there, and what lies between the two "
+    "was led down again: the image shows both",
+    "unseen": "a new latent was drawn there, like those that DDIM inversion found of all samples of the run, "
+    "and led down; the source gave its place, and what unseen.weight leaves of its own latent",
+}
+"""What the walk back began from, by method."""
+_MIXED_BY = {
+    "interpolate": "seed or secret tells who is whose partner, and draws what noise eta adds",
+    "unseen": "seed or secret draws the new latents, and what noise eta adds; whoever has it and all sources "
+    "can draw them again",
+}
+_OF_SEVERAL = " (of each variant, in their order)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +74,8 @@ def _words(origin: Origin, recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield "image", f"{member} in shard {origin.shard}, variant {row.variant}"
     yield "status", _status(origin)
     yield "source", _source(origin)
+    if row.status == "ok" and recipe.method in MIXING and origin.detail:
+        yield "mixed", f"{origin.detail}{_OF_SEVERAL * (origin.detail.count('; ') > 0)}"
     if row.status == "ok":
         yield "distance", _distance(row, recipe)
         yield "walk", _walk(row)
@@ -96,7 +114,7 @@ def _distance(row: Row, recipe: Recipe) -> str:
             return "none: the region to change is empty, so these are the source's own pixels"
         return "OUT does not tell: each sample's own field said how far, and that field does not travel"
     if recipe.method != "boomerang" and row.node:
-        return f"t {row.t}, node {row.node}: its code begins there, and each step was fed that code's own noise"
+        return f"t {row.t}, node {row.node}: {_BEGINS.get(recipe.method, _CODE)}"
     if row.node and recipe.looks_again:
         return (
             f"t {row.t}, node {row.node}: noise was laid over the source there, and each step back looked at "
@@ -156,6 +174,8 @@ def _led(energy: EnergySpec) -> str:
 
 
 def _noise(row: Row, recipe: Recipe) -> str:
+    if recipe.method in MIXING:
+        return f"key id {row.noise_key_id}: {_MIXED_BY[recipe.method]}"
     by = {"key": "its key", "shard+key": "its shard and key", "content": "its bytes"}[recipe.identity]
     if recipe.purpose == "anonymize":
         return (

@@ -174,8 +174,8 @@ def fit(of_all: Moments, sample: Sequence[Tensor], *, references: int) -> Fit:
     sample = _different(sample)
     if references < 2 or len(sample) < references + 2:
         raise ValueError(
-            f"{len(sample)} different latents are too few for a fit with {references} references, which takes at "
-            f"least {references + 2}"
+            f"{len(sample)} different latents are too few for a fit with {references} references, which takes "
+            f"at least {references + 2}"
         )
     others = torch.stack([latent.float() for latent in sample[:references]])
     figures = [standing(latent, others).figures for latent in sample[references:]]

@@ -69,8 +69,8 @@ def read(home: str, name: str, *, made_of: str | None, recipe_digest: str) -> di
     url = storage.join(home, name + DATA_SUFFIX)
     if marker is None:
         raise StorageError(
-            f"{url} was not made by this run of what is there now; remove {name}{MARKER_SUFFIX} beside it and "
-            "run the same command again"
+            f"{url} is missing, or was not made by this run of what is there now; remove {name}{MARKER_SUFFIX} "
+            "beside it, if it is there, and run the same command again"
         )
     try:
         data = storage.read_bytes(url)

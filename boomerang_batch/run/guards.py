@@ -26,6 +26,10 @@ _PLAIN = 8 / 255
 _BACK = 0.5 / 255
 """Half a grey level: images that are no farther from each other may be saved as the very same."""
 
+_NEAR = 0.05
+"""As a share of its size: a latent that is nearer to an image's own decodes to what that one decodes to, but
+for a few grey levels, as many as inversion loses."""
+
 ValueRange = tuple[float, float]
 """Black and white, as a model has them. An image keeps nothing that is beyond them."""
 
@@ -62,6 +66,21 @@ def check_hidden(x_0: Tensor, source: Tensor, *, value_range: ValueRange) -> Non
     if apart <= _BACK * (high - low):
         raise SampleError(
             "output-equals-input", "its own latent or code gave the image back; go further from it"
+        )
+
+
+def check_apart(mixed: Tensor, latent: Tensor) -> None:
+    """Raise SampleError if a mixture of latents (C, H, W) is all but this one, whose image is to be hidden.
+
+    By latents, for inversion is not exact: what one of them alone is decoded to differs from its image by more
+    than rounding, and behind an autoencoder by that too.
+    """
+    apart = float((mixed - latent).double().norm())
+    if apart < _NEAR * float(latent.double().norm()):
+        raise SampleError(
+            "mixture-is-source",
+            "its latent is all but that of one image, which it would give back; mix more evenly, and give "
+            "equal images once",
         )
 
 

@@ -12,7 +12,7 @@ from boomerang_batch.data.provenance import Marker
 from boomerang_batch.data.scan import Measured
 from boomerang_batch.data.shards import Sample, read_samples
 from boomerang_batch.errors import ObjectMissingError, PrivateDirError, SampleError, VerificationError
-from boomerang_batch.run.commit import TAR_SUFFIX
+from boomerang_batch.run.commit import PROVENANCE_SUFFIX, TAR_SUFFIX, digest_stream
 
 FOLDER = "codes"
 MAX_CODE_BYTES = 4 << 30
@@ -33,11 +33,15 @@ class Codes:
     """The codes of one shard, unpacked into a local folder by the names that they have there."""
 
     def __init__(self, home: str, marker: Marker, folder: Path) -> None:
-        """Read them. Raises VerificationError where the shard is gone, or not what its marker says."""
+        """Read them. Raises VerificationError where shard or rows are gone, or not what the marker says."""
         folder.mkdir()
         self._places: dict[str, Path] = {}
+        rows = storage.join(home, marker.stem + PROVENANCE_SUFFIX)
         url = storage.join(home, marker.stem + TAR_SUFFIX)
         try:
+            with storage.open_read(rows) as stream:
+                if digest_stream(stream).sha256 != marker.parquet_sha256:
+                    raise VerificationError(f"{rows} does not have the digest its marker says")
             with storage.open_read(url) as stream:
                 measured = Measured(stream)
                 samples = read_samples(cast("BinaryIO", measured), shard=url, max_member_bytes=MAX_CODE_BYTES)
@@ -48,7 +52,7 @@ class Codes:
                         self._places[item.key] = place
                 measured.finish()
         except ObjectMissingError as error:
-            raise VerificationError(f"{url} is missing, though its marker is there") from error
+            raise VerificationError(f"{error}, though the marker beside it is there") from error
         if measured.digest != marker.tar_sha256:
             raise VerificationError(f"{url} does not have the digest its marker says")
 

@@ -7,6 +7,7 @@ the place of the sample whose latent went into it: its key, its fields, its cond
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -26,7 +27,7 @@ from boomerang_batch.errors import SampleError
 from boomerang_batch.run.appendix import appendices, is_appendix, shard_of
 from boomerang_batch.run.coding import Encoding
 from boomerang_batch.run.commit import PROVENANCE_SUFFIX
-from boomerang_batch.run.guards import Seen, check_hidden
+from boomerang_batch.run.guards import Seen, check_apart, check_hidden
 from boomerang_batch.run.kept_codes import Codes
 from boomerang_batch.run.ledger import Source
 from boomerang_batch.run.naming import member_key
@@ -139,6 +140,12 @@ class Mixing(Transform):
         """What each variant is decoded from, of a sample whose own latent this is. Raises SampleError."""
         raise NotImplementedError
 
+    def _check_apart(self, mixed: Tensor, *latents: Tensor) -> None:
+        """Raise SampleError where images are to be hidden, and a mixture is all but the latent of one."""
+        if self._recipe.purpose == "anonymize":
+            for latent in latents:
+                check_apart(mixed, latent)
+
     def _own(self, prepared: Prepared) -> str:
         """The sample's row key among the latents."""
         return self._naming.row_key(shard=prepared.shard, key=prepared.source.key or "", variant=0)
@@ -158,7 +165,9 @@ class Interpolating(Mixing):
         weights = self._block.weights
         for variant in range(self._recipe.variants):
             weight = weights[variant if len(weights) > 1 else 0]
-            yield Mixture(latent=slerp(own, other, weight), told=f"partner={partner} weight={weight!r}")
+            mixed = slerp(own, other, weight)
+            self._check_apart(mixed, own, other)
+            yield Mixture(latent=mixed, told=f"partner={partner} weight={weight!r}")
 
     def _partner(self, sample: Sample, shard: str, own: str) -> str:
         """The row key of what the sample is mixed with. Raises SampleError `no-partner`."""
@@ -185,9 +194,10 @@ class Interpolating(Mixing):
             raise SampleError("no-partner", f"field {field} names {named}, whose latent has another size")
         return partner
 
-    def _must_change(self, prepared: Prepared, variant: int) -> bool:
-        """Two that are each other's partners have one image between them, halfway."""
-        return False
+    def _drawn_of(self, prepared: Prepared, number: int) -> tuple[bytes, int]:
+        """The mixture: two that are each other's partners have one image between them, halfway."""
+        latent = prepared.mixtures[number].latent
+        return hashlib.blake2b(latent.numpy().tobytes(), digest_size=16).digest(), 0
 
     def _rank(self, row_key: str) -> str:
         """Sorts keys in an order that nothing but seed or secret knows."""

@@ -14,6 +14,7 @@ from typing import Protocol
 from boomerang_batch import storage
 from boomerang_batch.errors import ConfigError
 from boomerang_batch.run import artefacts
+from boomerang_batch.run.commit import MARKER_SUFFIX
 from boomerang_batch.run.discretion import PLAIN
 from boomerang_batch.run.kept_codes import codes_home
 from boomerang_batch.run.request import RunRequest
@@ -54,12 +55,13 @@ def before_outputs(
     home = codes_home(recipe, request.out, request.private_dir)
     if artefacts.is_there(home, FIT, made_of=digest_of_names(names), recipe_digest=recipe.digest):
         return True
-    there = {
-        name.removesuffix(MOMENTS_SUFFIX + artefacts.MARKER_SUFFIX)
-        for name in storage.list_names(home)
-        if name.endswith(MOMENTS_SUFFIX + artefacts.MARKER_SUFFIX)
-    }
-    todo = [dataclasses.replace(task, phase="latents") for task in tasks if task.name not in there]
+    there = set(storage.list_names(home))
+    todo = [
+        dataclasses.replace(task, phase="latents")
+        for task in tasks
+        # Of latents that are gone, what they added says nothing any more.
+        if not {task.name + MARKER_SUFFIX, task.name + MOMENTS_SUFFIX + artefacts.MARKER_SUFFIX} <= there
+    ]
     bad = 0
     for report in pool.run(todo, stop=stop, progress=_nobody_asked):
         if report.status not in ("done", "there"):

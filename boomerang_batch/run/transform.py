@@ -188,10 +188,11 @@ class Transform:
         """
         others: list[Hashable] = []
         repeated = False
+        drawn_of, pass_number = self._drawn_of(prepared, number)
         for index, digest in enumerate(digests):
             place = Place(
-                noise_key=prepared.noise_keys[self.variant(number)],
-                pass_number=number,
+                noise_key=drawn_of,
+                pass_number=pass_number,
                 index=index,
                 source=prepared.source,
                 shard=prepared.shard,
@@ -205,6 +206,10 @@ class Transform:
                 repeated = True
         if repeated:
             raise RepeatedOutputError(others)
+
+    def _drawn_of(self, prepared: Prepared, number: int) -> tuple[bytes, int]:
+        """What an output was drawn of: noise key and number. Those of which this is equal may be equal."""
+        return prepared.noise_keys[self.variant(number)], number
 
     def original(self, prepared: Prepared) -> Output:
         """The kept original beside its variants, byte for byte."""

@@ -21,13 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from boomerang_batch import storage
 from boomerang_batch.config.pipeline import Recipe, Unseen
+from boomerang_batch.data.provenance import Marker
 from boomerang_batch.data.shards import Sample
 from boomerang_batch.diffusion.latents import Fit, Moments, Standing, fit, merged, moments, slerp, standing
 from boomerang_batch.diffusion.noise import Purpose, key_words, normal
-from boomerang_batch.errors import SampleError, ShardError, StorageError
+from boomerang_batch.errors import SampleError, ShardError, StorageError, VerificationError
 from boomerang_batch.run import artefacts
-from boomerang_batch.run.commit import read_marker
+from boomerang_batch.run.commit import MARKER_SUFFIX, read_marker
 from boomerang_batch.run.kept_codes import Codes
 from boomerang_batch.run.mixing import Latents, Mixing, rows_of_codes
 from boomerang_batch.run.naming import Naming
@@ -118,22 +120,32 @@ class Fitting:
             of_shard[name].append(row_key)
         found: dict[tuple[str, str], Tensor] = {}
         for name, row_keys in of_shard.items():
-            marker = read_marker(self._home, name)
-            if marker is None:
-                raise StorageError(f"the codes of shard {name} are gone; run the same command again")
             folder = scratch / name
-            latents = Latents(
-                self._recipe, [Codes(self._home, marker, folder)], rows_of_codes(self._home, name)
-            )
+            latents = Latents(self._recipe, [self._codes(name, folder)], rows_of_codes(self._home, name))
             found |= {(name, row_key): latents.read(row_key) for row_key in row_keys}
             shutil.rmtree(folder)
         return [found[name, row_key] for _, name, row_key in ranked]
 
+    def _codes(self, name: str, folder: Path) -> Codes:
+        """The codes of a shard. Raises StorageError where they are harmed, and has them drawn again then."""
+        try:
+            return Codes(self._home, self._marker(name), folder)
+        except VerificationError as error:
+            self._holding()
+            storage.delete(storage.join(self._home, name + MARKER_SUFFIX))
+            raise StorageError(
+                f"{error}; run the same command again, and these codes are drawn again"
+            ) from error
+
     def _digest_of_codes(self, name: str) -> str:
+        return self._marker(name).tar_sha256
+
+    def _marker(self, name: str) -> Marker:
         marker = read_marker(self._home, name)
         if marker is None:
-            raise StorageError(f"the codes of shard {name} are gone; run the same command again")
-        return marker.tar_sha256
+            place = storage.join(self._home, name + MARKER_SUFFIX)
+            raise StorageError(f"{place} is gone; run the same command again, and its codes are drawn again")
+        return marker
 
     def _rank(self, name: str, row_key: str) -> str:
         """Which latents are the sample, nobody knows but seed or secret.
@@ -163,6 +175,7 @@ class Generating(Mixing):
         for tries in range(1, block.max_tries + 1):
             z = normal(words, own.shape, purpose=Purpose.NEW_LATENT, node=torch.tensor([tries]))[0]
             latent = slerp(own.double(), self._fit.candidate(z), block.weight).float()
+            self._check_apart(latent, own)
             found = standing(latent, self._fit.references)
             if self._fit.accepts(found, tolerance=block.tolerance):
                 return Mixture(latent=latent, told=f"tries={tries} {_words(found)}")
