@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from boomerang_batch.audit.bounding import cautions
 from boomerang_batch.audit.explain import explain
+from boomerang_batch.config.accounting import account
 from boomerang_batch.data import images
 from boomerang_batch.data.codes import FIELD, read_codes
 from boomerang_batch.data.provenance import read_rows
@@ -227,6 +229,14 @@ def test_an_image_between_two_is_explained_by_both(tmp_path, tiny_model, manifes
     assert "partner=" in row.detail
     assert "the image shows both" in told_of.words["distance"]
     assert "who is whose partner" in told_of.words["noise"]
+
+
+def test_no_bound_is_spoken_of_nor_an_eta_asked_for_that_the_method_refuses(tiny_model):
+    recipe = between(tiny_model, purpose="anonymize")
+    [caution] = cautions(recipe)
+    assert "links are counted to the own source alone" in caution
+    assert not [note for note in account(recipe).notes if "eta" in note]
+    assert not account(recipe).certified
 
 
 @pytest.mark.parametrize(

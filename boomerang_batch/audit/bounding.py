@@ -119,10 +119,16 @@ def states(
 
 def cautions(recipe: Recipe) -> Iterator[str]:
     """What of a recipe must be known before numbers of its privacy are believed, however they were measured."""
-    if recipe.purpose == "anonymize" and recipe.sampler.eta < 1:
+    # The other methods have no bound that an attack could come up to, and those that mix latents no eta 1.
+    if recipe.purpose == "anonymize" and recipe.method == "boomerang" and recipe.sampler.eta < 1:
         yield (
             f"sampler.eta is {recipe.sampler.eta:g}: below 1 the way back adds little noise, or none, "
             "so x_t can be computed from the output and attacks come up to the bound; anonymize with eta 1"
+        )
+    if recipe.purpose == "anonymize" and recipe.method == "interpolate":
+        yield (
+            "each output shows a second record, its partner: links are counted to the own source alone, and "
+            "who is found as a partner is not among them"
         )
 
 

@@ -231,7 +231,7 @@ _FEATURES: Mapping[str, Feature] = {
         note=lambda recipe: (
             f"eta {recipe.sampler.eta:g} adds less noise on the way back than eta 1 (at 0 none, and x_t can be "
             "computed from the output): attacks come closer to the bound; prefer eta 1."
-            if recipe.sampler.eta < 1
+            if recipe.sampler.eta < 1 and recipe.method in _METHODS_WITH_A_BOUND
             else None
         ),
     ),
