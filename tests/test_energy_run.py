@@ -262,6 +262,33 @@ def test_a_sample_of_which_it_says_nothing_fails_alone_and_says_whose_fault_it_i
     assert worlds.outputs(alone) == worlds.outputs(both)
 
 
+@pytest.mark.parametrize("lead", ["toward: {label: 1}", "away_from: source"])
+def test_one_that_fails_on_the_way_says_who_it_is_and_what_to_do_but_not_where_memory_is_short(
+    lead, monkeypatch
+):
+    spec = stand_ins.recipe(f"energy={{source: 'entry-point:net', {lead}, scale: 0.3}}").energy
+    energy, images = energies.load(spec, device=torch.device("cpu")), torch.rand(4, 1, 8, 8)
+    references = torch.ones(4, dtype=torch.int64) if "toward" in lead else torch.rand(4, 288)
+    assert energy.of(images, references).shape == (4,)
+
+    for raised, seen, message in (
+        (
+            ValueError("no face"),
+            ModelError,
+            r"energy net: .* \(4, 1, 8, 8\): ValueError: no face; .* NaN, see docs",
+        ),
+        (torch.OutOfMemoryError("no room"), torch.OutOfMemoryError, "no room"),
+    ):
+
+        def fail(images, raised=raised):
+            raise raised
+
+        for method in ("logits", "embed"):
+            monkeypatch.setattr(energy.made, method, fail)
+        with pytest.raises(seen, match=message):
+            energy.of(images, references)
+
+
 @pytest.mark.parametrize(
     ("energy", "error", "message"),
     [
@@ -269,7 +296,11 @@ def test_a_sample_of_which_it_says_nothing_fails_alone_and_says_whose_fault_it_i
         ("source: 'entry-point:nan', toward: {label: 1}", ModelError, "nan: it gives NaN or infinity"),
         ("source: 'entry-point:detached', toward: {label: 1}", ModelError, "detached has no gradient"),
         ("source: 'entry-point:wide', toward: {label: 1}", ModelError, r"logits gave torch.float32 \(8, 3\)"),
-        ("source: 'entry-point:failing', toward: {label: 1}", ModelError, "noise: KeyError: 'weights'"),
+        (
+            "source: 'entry-point:failing', toward: {label: 1}",
+            ModelError,
+            r"logits failed on images .*: KeyError: 'weights'",
+        ),
         ("source: 'entry-point:nameless', toward: {label: 1}", ConfigError, "its name is ''"),
         ("source: 'entry-point:classless', toward: {label: 1}", ConfigError, "its classes is None"),
         ("source: 'entry-point:net', toward: {label: 4}", ConfigError, "4 is none of the 4 classes"),

@@ -16,7 +16,7 @@ from boomerang_batch.config.pipeline import ModelSpec
 from boomerang_batch.data.provenance import read_rows
 from boomerang_batch.diffusion.boomerang import KeyedNoise, boomerang
 from boomerang_batch.diffusion.noise import derived_key
-from boomerang_batch.errors import ConfigError, MeasureError, RecipeError
+from boomerang_batch.errors import ConfigError, MeasureError, RecipeError, SampleError
 from boomerang_batch.measures.classifiers import CheckedClassifier
 from boomerang_batch.models import load_denoiser
 from boomerang_batch.run import chained, coding, decoder
@@ -251,6 +251,25 @@ def test_a_source_that_came_back_is_not_hidden_by_refining_it(tmp_path, manifest
     recipe = coded(model, "target.refine={t: {fraction: 0.1}}", purpose="anonymize")
     worlds.run(recipe, manifest, tmp_path / "out")
     assert {row.reason for row in worlds.rows(tmp_path / "out")} <= {"output-equals-input", "target-is-source"}
+
+
+def test_a_sample_that_can_not_be_refined_at_its_size_fails_alone(tmp_path, tiny_model, manifest, monkeypatch):
+    real = coding.Decoding._refining_walk
+
+    def walk(self, prepared, variant):
+        if prepared.source.key == "img00001":
+            raise SampleError("bad-t", "for this test: the chain of this size does not reach so far")
+        return real(self, prepared, variant)
+
+    monkeypatch.setattr(coding.Decoding, "_refining_walk", walk)
+    recipe = coded(tiny_model, "target.refine={t: {fraction: 0.2}}")
+    assert worlds.run(recipe, manifest, tmp_path / "out").rows == {"failed": 1, "ok": 5}
+
+
+def test_a_refining_that_goes_where_no_noise_is_is_told_by_its_name(tmp_path, tiny_model, manifest):
+    recipe = coded(tiny_model, "target.refine={t: {sigma: 0.000001}}")
+    with pytest.raises(ConfigError, match=r"target\.refine: t sigma=1e-06 .* lies outside"):
+        worlds.run(recipe, manifest, tmp_path / "out")
 
 
 def test_what_a_refining_has_no_t_for_is_refused(tiny_model):

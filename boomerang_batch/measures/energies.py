@@ -9,7 +9,7 @@ embedder comes with the tool; installed packages bring others through the entry 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 from typing import Any
@@ -21,8 +21,9 @@ from torch.nn import functional
 from boomerang_batch import installed
 from boomerang_batch.config.blocks import ENTRY_POINT
 from boomerang_batch.config.energy import EnergySpec
+from boomerang_batch.diffusion.batch_size import is_out_of_memory
 from boomerang_batch.diffusion.energy import Energy
-from boomerang_batch.errors import ConfigError, ModelError
+from boomerang_batch.errors import BoomerangError, ConfigError, ModelError
 from boomerang_batch.measures.embedders import efficientnet
 from boomerang_batch.measures.given import introduced
 
@@ -45,7 +46,7 @@ class TowardsClass:
 
     def of(self, images: Tensor, references: Tensor) -> Tensor:
         """See Energy. Raises ModelError for logits that are none."""
-        logits = self.made.logits(images)
+        logits = _asked(self.made.logits, images, who=f"energy {self.name}: logits")
         _check(logits, (len(images), self.classes), who=f"energy {self.name}: logits")
         return functional.cross_entropy(logits, references, reduction="none")
 
@@ -68,7 +69,7 @@ class AwayFromSource:
         return functional.cosine_similarity(self._features(images), references)
 
     def _features(self, images: Tensor) -> Tensor:
-        features = self.made.embed(images)
+        features = _asked(self.made.embed, images, who=f"energy {self.name}: embed")
         _check(features, (len(images), None), who=f"energy {self.name}: embed")
         return torch.as_tensor(features)
 
@@ -139,6 +140,23 @@ def load(spec: EnergySpec, *, device: torch.device) -> Energy:
             f"energy.toward.label {spec.toward.label} is none of the {classes} classes of {where}"
         )
     return TowardsClass(made=made, name=name, digest=digest, classes=classes)
+
+
+def _asked(call: Callable[[Tensor], Any], images: Tensor, *, who: str) -> Any:
+    """What someone else's network says of images. Raises ModelError where it fails.
+
+    That memory runs out is no fault of its own: whoever can take a smaller batch must hear of it.
+    """
+    try:
+        return call(images)
+    except Exception as error:
+        if is_out_of_memory(error) or isinstance(error, BoomerangError):
+            raise
+        reason = " ".join(str(error).split())
+        raise ModelError(
+            f"{who} failed on images {tuple(images.shape)}: {type(error).__name__}: {reason}; of an image that "
+            f"it can't take it must say NaN, see {_PAGE}"
+        ) from error
 
 
 def _check(answer: object, shape: tuple[int, int | None], *, who: str) -> None:

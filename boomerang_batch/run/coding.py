@@ -242,6 +242,7 @@ class Decoding(_Coded):
         for variant in range(self._recipe.variants):
             if prepared.canvas.pieces and self._wants(sample.key, variant):
                 self._check(becoming, variant, proof=self.proof(prepared, variant))
+                self._refining_walk(becoming, variant)  # which there may be none of at this size
         return becoming
 
     def draws(self, prepared: Prepared) -> Iterator[Draw]:

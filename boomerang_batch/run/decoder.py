@@ -92,7 +92,10 @@ def _judge(name: str, label: int | None, model: DenoiserSpec) -> CheckedClassifi
 def _refining(recipe: Recipe, refine: Refine, model: DenoiserSpec) -> Walks:
     sampler = Sampler(eta=refine.eta, clip=recipe.sampler.clip)
     changes = {"t": refine.t.t, "steps": refine.steps or recipe.steps, "sampler": sampler}
-    return Walks(recipe.model_copy(update=changes), model)
+    try:
+        return Walks(recipe.model_copy(update=changes), model)
+    except ConfigError as error:
+        raise ConfigError(f"target.refine: {error}") from error
 
 
 def _load(recipe: Recipe, asked: ModelSpec, encoding: Engine, *, device: str, threads: int) -> Engine:
