@@ -32,10 +32,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)  ## Make an anonymized twin of a small real dataset, with the shipped model
 	@$(BIN)/boomerang-batch demo $(OUT)
 
-# Two processes of one thread each: threads that wait for each other would spin. Tests that measure time themselves
-# go one by one; those that start Ray or kill processes mostly wait, so others run beside them.
+# Processes of one thread each, for threads that wait for each other would spin; one more than two cores can serve, for
+# those that start Ray or kill processes mostly wait. Tests that measure time themselves go one by one.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
-TESTS_BESIDE := $(TESTS) -n 2 --dist worksteal
+TESTS_BESIDE := $(TESTS) -n 3 --dist worksteal
 
 test: $(INSTALLED)  ## Run every test
 	@$(TESTS_BESIDE) -m 'not alone'

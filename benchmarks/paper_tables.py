@@ -12,8 +12,8 @@ of equal seeds, that is of equal first weights and batches. The model is told th
 (weight 1); at most 25 evaluations. Beside it what the paper reports, of other datasets, models and classifiers:
 the same question, not the same experiment.
 
-Cost, planned from single measurements on one thread of a 2-core x86-64 (6.4 ms for an image's evaluation, 75
-s for a training): 40 CPU minutes of drawing, 80 trainings, 2.5 CPU hours in all. Every part of 250 copies and
+Cost, measured on one thread of a 2-core x86-64: 24 CPU minutes of drawing, 80 trainings of 50 s, 1.5 CPU hours
+in all. Every part of 250 copies and
 every classifier is kept in `--cache` and not made again, so it can be stopped at any time; the sum of CPU
 time is kept too, and over `--cpu-hours` it stops. Seeds come one after the other, and the tables are written
 after each.
