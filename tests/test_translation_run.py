@@ -190,6 +190,23 @@ def test_under_anonymize_no_trial_is_kept_for_being_near_its_source(
     assert len(kept["augment"]) > 1
 
 
+@pytest.mark.usefixtures("secret")
+def test_a_code_that_was_chosen_for_another_target_is_not_used(tmp_path, tiny_model, monkeypatch):
+    """The field that says what a sample is to become need not travel."""
+    monkeypatch.setattr(decoder, "load_classifier", lambda name, where: CheckedClassifier(Sure()))
+    several = "target={field: to.cls, trials: 2, select: class, classifier: sure}"
+    recipe = worlds.recipe(tiny_model, "method=edit-friendly", several)
+    out = tmp_path / "out"
+    for label, came in ((b"1", {"ok": 2}), (b"2", {"failed": 2})):
+        samples = {f"k{i}": {"png": worlds.png(i), "cls": b"0", "to.cls": label} for i in range(2)}
+        assert worlds.run(recipe, worlds.save_samples(tmp_path / "in", samples), out).rows == came
+        reasons = {row.reason for row in worlds.rows(out)}
+        for path in out.glob("*.*"):
+            if path.name != "run.json":
+                path.unlink()
+    assert reasons == {"stale-code"}
+
+
 @pytest.mark.parametrize(
     ("overrides", "purpose", "says"),
     [

@@ -239,9 +239,10 @@ class Decoding(_Coded):
         """As a Transform does, to be told the target. Raises SampleError too where a code is missing or bad."""
         prepared = super().prepare(sample, shard=shard)
         becoming = self._counterpart(sample, prepared)
+        drawn = prepared if self._trials == 1 else dataclasses.replace(prepared, counterpart=becoming)
         for variant in range(self._recipe.variants):
             if prepared.canvas.pieces and self._wants(sample.key, variant):
-                self._check(becoming, variant, proof=self.proof(prepared, variant))
+                self._check(becoming, variant, proof=self.proof(drawn, variant))
                 self._refining_walk(becoming, variant)  # which there may be none of at this size
         return becoming
 

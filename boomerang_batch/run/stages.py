@@ -61,6 +61,8 @@ class Prepared:
         facts += ([resolved.t for resolved in self.walks],)
         if self.toward is not None:  # only then, lest codes and journals of runs without an energy be unknown
             facts += (self.toward,)
+        if self.counterpart is not None:  # by which the best of several codes is chosen
+            facts += (self.counterpart.condition,)
         mask = self.canvas.mask
         parts = [repr((facts, *self.travelling)).encode(), self.image, *self.travelling.values()]
         digest = hashlib.blake2b(digest_size=16)
