@@ -249,7 +249,7 @@ def test_no_bound_is_spoken_of_nor_an_eta_asked_for_that_the_method_refuses(tiny
         (["passes.count=2"], "without passes"),
         (["upscale.factor=2"], "without upscale"),
         (["images.tiles={overlap: 2}"], "without images.tiles"),
-        (["target.label=1"], "without target"),
+        (["target.label=1"], "interpolate makes none"),
         (["variants=3", "interpolate={weights: [0.2, 0.4]}"], "2 weights for 3 variants"),
         (["variants=2"], "all variants would be one image"),
         (["interpolate={weights: [1.0]}"], "less than 1"),

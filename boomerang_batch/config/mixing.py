@@ -77,7 +77,6 @@ def check_mixing(recipe: Recipe) -> None:
     if value == 0:
         raise ValueError(f"method {method} mixes latents, and at t 0 there is none: give more")
     for name, unfit in (
-        ("target", recipe.target),
         ("passes", recipe.passes.count > 1),
         ("region", recipe.region),
         ("upscale", recipe.upscale),

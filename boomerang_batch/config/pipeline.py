@@ -37,7 +37,7 @@ from boomerang_batch.config.energy import EnergySpec, Toward
 from boomerang_batch.config.forms import Block, FromField, Spread, T, matching, one_or_list
 from boomerang_batch.config.messages import explain
 from boomerang_batch.config.mixing import MIXING, Interpolate, Unseen, check_mixing
-from boomerang_batch.config.targets import Target
+from boomerang_batch.config.targets import Target, check_codes
 from boomerang_batch.errors import RecipeError
 
 FORMAT_VERSION: Literal[1] = 1
@@ -135,54 +135,7 @@ class Recipe(Block):
     @model_validator(mode="after")
     def _method_fits(self) -> Recipe:
         check_mixing(self)
-        if self.method in MIXING:
-            return self
-        if self.method == "boomerang":
-            if self.target is not None:
-                raise ValueError(
-                    "target is what codes are decoded to, and boomerang makes none: take method dpm-encoder or "
-                    "edit-friendly"
-                )
-            return self
-        if self.sampler.order != 1 or self.sampler.variance != "fixed_small":
-            raise ValueError(
-                f"method {self.method} is defined for sampler order 1 and variance fixed_small: a code holds "
-                "the noise of just these steps"
-            )
-        if self.purpose == "anonymize" and self.target is None:
-            raise ValueError(
-                f"method {self.method} without a target gives back the input: nothing would be anonymized"
-            )
-        if self.purpose == "anonymize" and self.target is not None and self.target.model is not None:
-            raise ValueError(
-                "target.model: how near another model leads back to a source nobody can tell beforehand, so "
-                "purpose anonymize decodes with the model itself"
-            )
-        if self.purpose == "anonymize" and self.target is not None and not self.target.tells:
-            raise ValueError(
-                "target.shift alone gives back the input in other colours: say what it is to become, by label, "
-                "prompt or field"
-            )
-        nearest = self.target is not None and self.target.trials > 1 and self.target.select == "nearest"
-        if self.purpose == "anonymize" and nearest:
-            raise ValueError(
-                "target.select nearest keeps, of several trials, what is most like the source, which purpose "
-                "anonymize is to hide: take select: class, or one trial"
-            )
-        if self.target is not None and self.target.guidance is not None:
-            try:
-                self.model.guided(self.target.guidance)
-            except ValueError as error:
-                raise ValueError(f"target.guidance: {error}") from error
-        if self.method == "dpm-encoder" and self.sampler.eta == 0:
-            raise ValueError("method dpm-encoder draws its path with the sampler's noise: eta must be above 0")
-        for name, unfit in (
-            ("passes", self.passes.count > 1),
-            ("region", self.region),
-            ("upscale", self.upscale),
-        ):
-            if unfit:
-                raise ValueError(f"method {self.method} goes without {name}: remove it")
+        check_codes(self)
         return self
 
     @model_validator(mode="after")

@@ -1,13 +1,19 @@
-"""What codes are decoded to: another class, prompt or model, and how."""
+"""What codes are decoded to, another class, prompt or model, and how; and what a recipe with codes must be."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
 from boomerang_batch.config.blocks import ModelSpec
 from boomerang_batch.config.forms import Block, T
+
+if TYPE_CHECKING:
+    from boomerang_batch.config.pipeline import Recipe
+
+BY_CODES = ("dpm-encoder", "edit-friendly")
+"""Methods that keep what a walk must be fed to end in an image, and feed it."""
 
 
 class Level(Block):
@@ -120,3 +126,57 @@ class Target(Block):
 
 _FIRST = frozenset({"label", "prompt", "field"})
 """What a target has always had; runs are known by their digest."""
+
+
+def check_codes(recipe: Recipe) -> None:
+    """Raise ValueError for a recipe that does not fit its method, or has a target that nothing will be."""
+    method, target = recipe.method, recipe.target
+    if method not in BY_CODES:
+        if target is not None:
+            raise ValueError(
+                f"target is what codes are decoded to, and {method} makes none: take method "
+                f"{' or '.join(BY_CODES)}"
+            )
+        return
+    if recipe.sampler.order != 1 or recipe.sampler.variance != "fixed_small":
+        raise ValueError(
+            f"method {method} is defined for sampler order 1 and variance fixed_small: a code holds the noise "
+            "of just these steps"
+        )
+    if method == "dpm-encoder" and recipe.sampler.eta == 0:
+        raise ValueError("method dpm-encoder draws its path with the sampler's noise: eta must be above 0")
+    for name, unfit in (
+        ("passes", recipe.passes.count > 1),
+        ("region", recipe.region),
+        ("upscale", recipe.upscale),
+    ):
+        if unfit:
+            raise ValueError(f"method {method} goes without {name}: remove it")
+    if target is not None and target.guidance is not None:
+        try:
+            recipe.model.guided(target.guidance)
+        except ValueError as error:
+            raise ValueError(f"target.guidance: {error}") from error
+    if recipe.purpose == "anonymize":
+        _check_hides(method, target)
+
+
+def _check_hides(method: str, target: Target | None) -> None:
+    """Raise ValueError where a code would give its image back, or what is nearest to it."""
+    if target is None:
+        raise ValueError(f"method {method} without a target gives back the input: nothing would be anonymized")
+    if target.model is not None:
+        raise ValueError(
+            "target.model: how near another model leads back to a source nobody can tell beforehand, so "
+            "purpose anonymize decodes with the model itself"
+        )
+    if not target.tells:
+        raise ValueError(
+            "target.shift alone gives back the input in other colours: say what it is to become, by label, "
+            "prompt or field"
+        )
+    if target.trials > 1 and target.select == "nearest":
+        raise ValueError(
+            "target.select nearest keeps, of several trials, what is most like the source, which purpose "
+            "anonymize is to hide: take select: class, or one trial"
+        )
