@@ -23,6 +23,24 @@ from boomerang_batch.run.naming import Naming
 from tests import broken, worlds
 from tests.test_appendix import breaking
 
+
+@pytest.mark.parametrize(
+    ("target", "told"),
+    [
+        ("{label: 2}", "label 2, as all; its code was found under what its source is"),
+        ("{field: to.cls}", "label 3, from field to.cls; its code was found under what its source is"),
+        ("{shift: {by: [0.1]}}", "label 1, from field cls"),
+    ],
+)
+def test_what_a_code_was_decoded_to_is_told_as_the_target_says_it(tmp_path, tiny_model, target, told):
+    sample = {"png": worlds.png(1), "cls": b"1", "to.cls": b"3"}
+    recipe = worlds.recipe(tiny_model, "method=edit-friendly", f"target={target}", purpose="augment")
+    worlds.run(recipe, worlds.save_samples(tmp_path / "in", {"a": sample}), tmp_path / "out")
+    said = CliRunner().invoke(main, ["explain", str(tmp_path / "out"), "--key", "a"]).stdout
+    [line] = [line.split(maxsplit=1)[1] for line in said.splitlines() if line.strip().startswith("told")]
+    assert line == told
+
+
 pytestmark = pytest.mark.slow
 
 SHARDS, SAMPLES = 12, 3

@@ -10,7 +10,7 @@ from typing import Any
 from boomerang_batch.audit.origin import Origin, find_origins, require_links
 from boomerang_batch.config.energy import EnergySpec
 from boomerang_batch.config.mixing import MIXING
-from boomerang_batch.config.pipeline import Recipe
+from boomerang_batch.config.pipeline import Recipe, Target
 from boomerang_batch.data.provenance import Row
 from boomerang_batch.run.naming import member_key
 from boomerang_batch.run.record import recorded_recipe, require_record
@@ -147,7 +147,10 @@ def _walk(row: Row) -> str:
 
 
 def _told(row: Row, recipe: Recipe) -> str:
-    labels, prompts = recipe.model.class_labels, recipe.model.prompts
+    target = recipe.target
+    if target is not None and target.tells:
+        return f"{_became(row, target)}; its code was found under what its source is"
+    labels, prompts = recipe.decoded_by.class_labels, recipe.decoded_by.prompts
     if labels is not None:
         if row.label is None:
             return (
@@ -159,6 +162,18 @@ def _told(row: Row, recipe: Recipe) -> str:
     if prompts.field is not None:
         return f"the sample's own text, from field {prompts.field}"
     return f"the prompt {prompts.text!r}" if prompts.text else "an empty prompt"
+
+
+def _became(row: Row, target: Target) -> str:
+    if target.field is None:
+        return (
+            f"label {target.label}, as all"
+            if target.prompt is None
+            else f"the prompt {target.prompt!r}, as all"
+        )
+    return (
+        f"{'what it was to become' if row.label is None else f'label {row.label}'}, from field {target.field}"
+    )
 
 
 def _led(energy: EnergySpec) -> str:
