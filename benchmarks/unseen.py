@@ -322,6 +322,10 @@ the nearest of as many real digits as garments is a digit.
 Rows of the picture are those of the table. Of {tries["tried"]} new latents {tries["accepted"]} were accepted,
 at a tolerance of 2. "Share" is `unseen.weight`.
 
+The digits are MNIST's, by Yann LeCun, Corinna Cortes and Christopher J.C. Burges, under the licence
+[CC BY-SA 3.0](https://creativecommons.org/licenses/by-sa/3.0/); so is the picture, whose other rows were
+made of them or of Fashion-MNIST by `boomerang-batch`.
+
 Fits of digits and of garments, the model's own kind:
 
 {report.table(("latents of", "count", "variance", "norm", "distance", "angle", "pair angle"), of_fits)}
