@@ -41,6 +41,18 @@ def test_what_a_code_was_decoded_to_is_told_as_the_target_says_it(tmp_path, tiny
     assert line == told
 
 
+def test_the_walk_of_a_code_draws_nothing_and_refining_is_told(tmp_path, tiny_model):
+    sample = {"png": worlds.png(1), "cls": b"1"}
+    target = "target={label: 2, refine: {t: {timestep: 5}, eta: 0.5}}"
+    recipe = worlds.recipe(tiny_model, "method=edit-friendly", target, purpose="augment")
+    worlds.run(recipe, worlds.save_samples(tmp_path / "in", {"a": sample}), tmp_path / "out")
+    said = CliRunner().invoke(main, ["explain", str(tmp_path / "out"), "--key", "a"]).stdout
+    [line] = [line for line in said.splitlines() if line.strip().startswith("walk")]
+    assert (
+        "no new noise on the way back, and then Boomerang on the result, from t timestep=5 with eta 0.5" in line
+    )
+
+
 pytestmark = pytest.mark.slow
 
 SHARDS, SAMPLES = 12, 3

@@ -11,6 +11,7 @@ from boomerang_batch.audit.origin import Origin, find_origins, require_links
 from boomerang_batch.config.energy import EnergySpec
 from boomerang_batch.config.mixing import MIXING
 from boomerang_batch.config.pipeline import Recipe, Target
+from boomerang_batch.config.targets import BY_CODES
 from boomerang_batch.data.provenance import Row
 from boomerang_batch.run.naming import member_key
 from boomerang_batch.run.record import recorded_recipe, require_record
@@ -78,7 +79,7 @@ def _words(origin: Origin, recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "mixed", f"{origin.detail}{_OF_SEVERAL * (origin.detail.count('; ') > 0)}"
     if row.status == "ok":
         yield "distance", _distance(row, recipe)
-        yield "walk", _walk(row)
+        yield "walk", _walk(row, recipe)
         yield "model", f"{recipe.model.source}, digest {row.model_digest[:16]}"
         yield "told", _told(row, recipe)
         if recipe.energy is not None:
@@ -132,13 +133,18 @@ def _distance(row: Row, recipe: Recipe) -> str:
     )
 
 
-def _walk(row: Row) -> str:
+def _walk(row: Row, recipe: Recipe) -> str:
     if row.evaluations is None:
         made = "a number of network calls that OUT does not tell"
     else:
         made = f"{row.evaluations} network call{'s' * (row.evaluations != 1)}"
     passes = f" in {row.passes} passes" if (row.passes or 1) > 1 else ""
-    fresh = "no new noise on the way back" if row.eta == 0 else "new noise at each step back"
+    drawn = row.eta != 0 and recipe.method not in BY_CODES
+    fresh = "new noise at each step back" if drawn else "no new noise on the way back"
+    refine = recipe.target.refine if recipe.target is not None else None
+    if refine is not None:
+        unit, value = refine.t.t.unit
+        fresh += f", and then Boomerang on the result, from t {unit}={value} with eta {refine.eta:g}"
     computed = "" if row.dtype is None else f"; computed in {row.dtype}"
     flagged = {True: "; the safety checker objects to it", False: "; the safety checker has no objection"}
     return f"{made}{passes} with sampler {row.sampler}, eta {row.eta:g}: {fresh}{computed}" + flagged.get(
