@@ -310,6 +310,24 @@ def test_a_death_no_further_than_the_last_is_an_attempt(stage):
     assert len(looks) == 3  # the first got further than ever
 
 
+def test_a_shards_attempts_in_one_phase_are_none_in_the_next(stage):
+    play, tries = Play(run=done), Counter[str]()
+
+    def run(actor, task):
+        tries[task.phase] += 1
+        if tries[task.phase] == 1:
+            raise DIE
+        return done(actor, task)
+
+    play.run = run
+    pool, stop = stage(play, max_attempts=2), threading.Event()
+    pool.start(stop=stop)
+    for phase in ("latents", "outputs"):
+        task = Task(name="a", url="a.tar", source_stem="a", phase=phase)
+        [report] = pool.run([task], stop=stop, progress=lambda name, finished: None)
+        assert report.status == "done"
+
+
 def test_a_lost_worker_is_killed_for_it_may_only_be_out_of_reach(stage):
     def run(actor, task):
         if actor.number == 0:

@@ -32,6 +32,9 @@ from boomerang_batch.run.worker import Worker
 
 _POLL_S = 0.5
 
+_Work = tuple[str, str]
+"""A phase and a name: a shard may have a task in each phase."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -47,8 +50,8 @@ class RayPool:
         self._crew = Crew(spec, workers=workers, worker=worker)
         self._queue: deque[Task] = deque()
         self._solo: deque[Task] = deque()
-        self._attempts: Counter[str] = Counter()
-        self._furthest: dict[str, int] = {}
+        self._attempts: Counter[_Work] = Counter()
+        self._furthest: dict[_Work, int] = {}
 
     def start(self, *, stop: threading.Event) -> WorkerFacts:
         """Have a first worker ready; see `Crew.gather`."""
@@ -140,8 +143,8 @@ class RayPool:
                 yield ShardReport(name=task.name, status="there", counts=there.counts)
             elif member.leaving:
                 self._queue.appendleft(task)  # it was known to end
-            elif len(victims) > 1 or got > self._furthest.get(task.name, 0):
-                self._furthest[task.name] = max(got, self._furthest.get(task.name, 0))
+            elif len(victims) > 1 or got > self._furthest.get(_work(task), 0):
+                self._furthest[_work(task)] = max(got, self._furthest.get(_work(task), 0))
                 self._solo.append(task)
             else:
                 yield from self._blame(task, reason)
@@ -150,10 +153,14 @@ class RayPool:
 
     def _blame(self, task: Task, reason: str) -> Iterator[ShardReport]:
         """Count an attempt of a task, and quarantine it when it has had enough."""
-        self._attempts[task.name] += 1
-        if self._attempts[task.name] < self._max_attempts:
+        self._attempts[_work(task)] += 1
+        if self._attempts[_work(task)] < self._max_attempts:
             self._solo.append(task)
             return
         which = f"shard {task.name} ({storage.without_secrets(task.url)})"
         reason = f"gave up on {which} after {self._max_attempts} attempts; {reason}"
         yield ShardReport(name=task.name, status="quarantined", reason=reason)
+
+
+def _work(task: Task) -> _Work:
+    return task.phase, task.name
