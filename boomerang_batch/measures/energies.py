@@ -149,7 +149,7 @@ def _asked(call: Callable[[Tensor], Any], images: Tensor, *, who: str) -> Any:
     """
     try:
         return call(images)
-    except Exception as error:
+    except Exception as error:  # an installed package's own code, which may raise anything
         if is_out_of_memory(error) or isinstance(error, BoomerangError):
             raise
         reason = " ".join(str(error).split())

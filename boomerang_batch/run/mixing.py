@@ -6,6 +6,7 @@ the place of the sample whose latent went into it: its key, its fields, its cond
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import hashlib
 from collections import defaultdict
@@ -105,7 +106,7 @@ def rows_of_codes(home: str, name: str) -> list[Row]:
         return read_rows(stream)
 
 
-class Mixing(Transform):
+class Mixing(Transform, abc.ABC):
     """Makes outputs of mixed latents. What a method mixes, it says in `_mixtures`."""
 
     def __init__(self, *arguments: Any, latents: Latents, **options: Any) -> None:
@@ -136,9 +137,9 @@ class Mixing(Transform):
         told = made.prepared.mixtures[made.variant].told
         return dataclasses.replace(output, row=dataclasses.replace(output.row, detail=told))
 
+    @abc.abstractmethod
     def _mixtures(self, sample: Sample, prepared: Prepared, own: Tensor) -> Iterator[Mixture]:
         """What each variant is decoded from, of a sample whose own latent this is. Raises SampleError."""
-        raise NotImplementedError
 
     def _check_apart(self, mixed: Tensor, *latents: Tensor) -> None:
         """Raise SampleError where images are to be hidden, and a mixture is all but the latent of one."""
